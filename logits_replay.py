@@ -1,0 +1,421 @@
+"""Logits Replay: record the tokens that matter once, then train on the softmax over only those.
+
+The two stages of *Logits Replay + MoClip* (Qiu, Li, Zhou, Huang, Qiu, Sun; arXiv:2510.09152), in its summary's words:
+"In Stage 0, we record dynamic Top-K token subsets that cover a probability threshold, always including the gold
+label. In Stage 1, we replay these compact subsets to compute exact renormalized losses, avoiding full softmax".
+Stage 0 is `record_topk`, its result a `ReplayRecord`; Stage 1 is `linear_replay_cross_entropy` (the fast form) or
+`replay_cross_entropy` (the same loss, from logits); `outside_mass` says how far the two softmaxes are apart.
+
+    symbol   code           meaning
+    N                       token positions: a batch of sequences, flattened row-major
+    V        vocab_size     vocabulary size
+    d                       width of the hidden state that enters the LM head
+    z, p     logits         logits of one position, p = softmax(z)
+    y        target         gold token
+    tau      tau            coverage threshold, 0 < tau <= 1
+    K_t                     smallest K whose K most probable tokens have total probability >= tau
+    S_t      token_ids      row t of the record: the top-K_t tokens, plus y_t
+    rho_t    outside_mass   probability outside S_t
+    nnz                     sum over t of |S_t|
+
+What is guaranteed is stated and proved in THEORY.md (R1 to R8); where the published summary is silent, the choice
+made here is said in place and listed in README.md. Not here: several processes (each records its shard, then
+`ReplayRecord.concat`), compression of the file, hidden-state caching.
+"""
+
+import math
+import os
+import tempfile
+import warnings
+import zipfile
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
+DTYPES = {"token_ids": torch.int32, "offsets": torch.int64, "outside_mass": torch.float32}
+
+
+def _ranges(starts: Tensor, sizes: Tensor) -> Tensor:
+    """The indices of the ranges [starts_t, starts_t + sizes_t), one range after the other."""
+    shift = starts - (sizes.cumsum(0) - sizes)
+    return shift.repeat_interleave(sizes) + torch.arange(int(sizes.sum()), device=sizes.device)
+
+
+def _require(ok: Tensor, message: str) -> None:
+    """Raise ValueError for the first row t where ok[t] is false."""
+    if not ok.all():
+        raise ValueError(f"{message} (row {int((~ok).nonzero()[0])})")
+
+
+def _finite_rows(x: Tensor) -> Tensor:
+    ok = x.sum(-1).isfinite()  # one fast pass; a sum can overflow though its terms are finite, so look closer there
+    return ok.index_put((~ok,), x[~ok].isfinite().all(-1))
+
+
+@dataclass(frozen=True, eq=False)
+class ReplayRecord:
+    """The recorded subsets of N positions, as ragged rows in compressed (CSR-style) form.
+
+    token_ids     (nnz,)  int32    row t is token_ids[offsets[t]:offsets[t + 1]]: ascending, no duplicates, in [0, V)
+    offsets       (N+1,)  int64    0 first, nnz last, never decreasing
+    outside_mass  (N,)    float32  rho_t under the recording model, 0 for an ignored row (which is empty)
+    vocab_size    int              V
+    tau           float            the coverage asked for
+
+    All tensors on one device. Raises ValueError if a field breaks its line above, however the record was made.
+
+    >>> record = record_topk(torch.tensor([[3.0, 2.0, 0.0, 1.0], [0.0, 9.0, 0.0, 0.0]]), torch.tensor([2, 1]), tau=0.8)
+    >>> record.token_ids.tolist(), record.offsets.tolist()               # row 0 covers 0.88; gold token 2 was added
+    ([0, 1, 2, 1], [0, 3, 4])
+    >>> record.select([1]).token_ids.tolist()
+    [1]
+    """
+
+    token_ids: Tensor
+    offsets: Tensor
+    outside_mass: Tensor
+    vocab_size: int
+    tau: float
+
+    def __post_init__(self):
+        for name, dtype in DTYPES.items():
+            if getattr(self, name).dtype != dtype or getattr(self, name).dim() != 1:
+                raise ValueError(f"{name} must be one-dimensional {dtype}, got {getattr(self, name).dtype} "
+                                 f"of shape {tuple(getattr(self, name).shape)}")
+        if not 0 < self.tau <= 1:
+            raise ValueError(f"tau must lie in (0, 1], got {self.tau}")
+        if not 0 < self.vocab_size < 2**31:
+            raise ValueError(f"vocab_size must lie in [1, 2**31), got {self.vocab_size}")
+        ids, offsets, rho = self.token_ids, self.offsets, self.outside_mass
+        if len(offsets) != len(rho) + 1 or offsets[0] != 0 or offsets[-1] != len(ids):
+            raise ValueError(f"offsets must hold {len(rho) + 1} entries from 0 to {len(ids)}")
+        _require(self.subset_sizes >= 0, "offsets must never decrease")
+        _require((rho >= 0) & (rho <= 1), "outside_mass must lie in [0, 1]")
+        if len(ids):
+            if ids.amin() < 0 or ids.amax() >= self.vocab_size:
+                raise ValueError(f"token_ids must lie in [0, {self.vocab_size})")
+            ascending = ids[1:] > ids[:-1]
+            starts = offsets[1:-1]  # where a new row starts, the order starts anew
+            ascending[starts[(starts > 0) & (starts < len(ids))] - 1] = True
+            if not ascending.all():
+                row = int(torch.searchsorted(offsets, (~ascending).nonzero()[0, 0], right=True)) - 1
+                raise ValueError(f"token_ids must be ascending without duplicates (row {row})")
+
+    def __len__(self) -> int:
+        return len(self.outside_mass)
+
+    @property
+    def subset_sizes(self) -> Tensor:
+        """|S_t| as (N,) int64."""
+        return self.offsets.diff()
+
+    def select(self, positions) -> "ReplayRecord":
+        """The rows at `positions` (integers in [0, N)), in the order asked for, repeats allowed."""
+        positions = torch.as_tensor(positions, device=self.offsets.device).flatten()
+        if len(positions) and (positions.is_floating_point() or positions.dtype == torch.bool):
+            raise ValueError(f"positions must be integers, got {positions.dtype}")
+        positions = positions.long()
+        _require((positions >= 0) & (positions < len(self)), f"positions must lie in [0, {len(self)})")
+        sizes = self.subset_sizes[positions]
+        return ReplayRecord(self.token_ids[_ranges(self.offsets[positions], sizes)], _offsets(sizes),
+                            self.outside_mass[positions], self.vocab_size, self.tau)
+
+    def to(self, device) -> "ReplayRecord":
+        return ReplayRecord(self.token_ids.to(device), self.offsets.to(device), self.outside_mass.to(device),
+                            self.vocab_size, self.tau)
+
+    @staticmethod
+    def concat(records) -> "ReplayRecord":
+        """The rows of all records, in order. Raises ValueError for no records and for unequal vocab_size or tau."""
+        records = list(records)
+        if not records:
+            raise ValueError("records must hold at least one record")
+        first = records[0]
+        for i, record in enumerate(records):
+            if (record.vocab_size, record.tau) != (first.vocab_size, first.tau):
+                raise ValueError(f"records[{i}] has vocab_size {record.vocab_size} and tau {record.tau}, "
+                                 f"records[0] has {first.vocab_size} and {first.tau}")
+        return ReplayRecord(torch.cat([r.token_ids for r in records]), _offsets(torch.cat([r.subset_sizes for r in records])),
+                            torch.cat([r.outside_mass for r in records]), first.vocab_size, first.tau)
+
+    def save(self, path) -> None:
+        """Write an uncompressed .npz (one array per field, no pickle), atomically: a crash leaves the old file or the new."""
+        path = os.path.abspath(path)
+        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=os.path.basename(path) + ".")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, vocab_size=self.vocab_size, tau=self.tau,
+                         **{name: getattr(self, name).numpy(force=True) for name in DTYPES})
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @staticmethod
+    def load(path) -> "ReplayRecord":
+        """Read what `save` wrote, on the CPU. Executes nothing from the file; checks its CRCs and every invariant.
+
+        Raises ValueError for a file that is truncated, corrupt or inconsistent, OSError for one that cannot be read.
+        """
+        with open(path, "rb") as file:
+            try:
+                arrays = {}
+                with zipfile.ZipFile(file) as archive:
+                    for field in fields(ReplayRecord):
+                        with archive.open(field.name + ".npy") as member:
+                            arrays[field.name] = np.lib.format.read_array(member, allow_pickle=False)
+                            if member.read():  # the CRC is compared when the end is reached
+                                raise ValueError(f"{field.name} is longer than its header says")
+                tensors = {name: torch.from_numpy(arrays[name]) for name in DTYPES}
+                return ReplayRecord(**tensors, vocab_size=int(arrays["vocab_size"]), tau=float(arrays["tau"]))
+            except Exception as error:  # zipfile and numpy raise a dozen types on damaged input
+                raise ValueError(f"{path} is not a complete, undamaged record: {error}") from error
+
+
+def _offsets(sizes: Tensor) -> Tensor:
+    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+
+
+def _check_target(target: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
+    """Flat int64 targets; ValueError for one that is neither a token nor ignore_index."""
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise ValueError(f"target must hold integers, got {target.dtype}")
+    target = target.flatten().long()
+    _require((target == ignore_index) | ((target >= 0) & (target < vocab_size)),
+             f"target must lie in [0, {vocab_size}) or be ignore_index={ignore_index}")
+    return target
+
+
+def _check_logits(logits: Tensor, target: Tensor) -> Tensor:
+    """Flat (N, V) logits; ValueError if they are not finite or do not fit the target."""
+    if not logits.is_floating_point() or logits.shape[:-1] != target.shape:
+        raise ValueError(f"logits must be floating point of shape (..., V) for target of shape (...), got {logits.dtype} "
+                         f"{tuple(logits.shape)} for {tuple(target.shape)}")
+    return _check_finite(logits.reshape(-1, logits.shape[-1]))
+
+
+def _check_finite(logits: Tensor) -> Tensor:
+    _require(_finite_rows(logits.detach()), "logits must be finite")
+    return logits
+
+
+def _wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of softmax and loss: float64 if a tensor is, else float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+@torch.no_grad()
+def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ignore_index=-100) -> ReplayRecord:
+    """Stage 0: the smallest set of most probable tokens that covers tau, and the gold token, for every position.
+
+        K_t = min {K : p_(1) + ... + p_(K) >= tau},   S_t = {the K_t most probable tokens} + {y_t},
+        rho_t = sum of p_j over j not in S_t
+
+    Tokens are ranked by probability, descending, equal probabilities by id, ascending: S_t is unique. p is the float32
+    softmax (float64 for float64 logits), the running sum float64. tau = 1 takes every token that is needed for the
+    rounded sum to reach 1, all V if it never does. K_t is exact at any size: a top-k of 64 tokens is tried first, and
+    only rows that it cannot decide are tried again with more, up to a full sort.
+
+    Args:
+        logits: (..., V), finite, any floating dtype.   target: (...), integers in [0, V) or ignore_index.
+        tau: in (0, 1].   max_size: if given, an explicit cap >= 1 on |S_t|, gold included, whatever tau asks for.
+    Returns the record of the N = prod(...) positions, on the device of the logits.
+    Raises ValueError naming the argument, the row and the rule.
+    Source: arXiv:2510.09152, abstract (Stage 0). Ties, arithmetic and max_size are this project's decisions.
+    """
+    if not 0 < tau <= 1:
+        raise ValueError(f"tau must lie in (0, 1], got {tau}")
+    if max_size is not None and max_size < 1:
+        raise ValueError(f"max_size must be at least 1, got {max_size}")
+    logits = _check_logits(logits, target)
+    (N, V), device = logits.shape, logits.device
+    target = _check_target(target, V, ignore_index)
+    if device.type == "mps":  # it has no float64 for the running sum
+        return record_topk(logits.cpu(), target.cpu(), tau, max_size=max_size, ignore_index=ignore_index).to(device)
+    limit = min(max_size or V, V)
+    rows = (target != ignore_index).nonzero()[:, 0]
+    p = (logits if len(rows) == N else logits[rows]).softmax(-1, dtype=_wide_dtype(logits))
+    sizes = torch.zeros(N, dtype=torch.int64, device=device)
+    rho = torch.zeros(N, device=device)
+    done, k = [], 64
+    while len(rows):
+        k, y = min(k, V), target[rows, None]
+        top, ids = _most_probable(p, k)
+        # K_t = min {K : p_(1) + ... + p_(K) >= tau}; k + 1 means "not among these k"
+        K = (1 + (top.cumsum(-1, dtype=torch.float64) < tau).sum(-1, keepdim=True)).clamp(max=limit)
+        # a row is decided if its K_t-th token is here and no token as probable as that one can be missing
+        decided = (K <= k) & ((k == V) | (top.gather(-1, K.clamp(max=k) - 1) > top[:, -1:]))
+        # S_t = the first K_t and y_t, which displaces the K_t-th only where the cap leaves no room
+        rank = torch.arange(k, device=device)
+        has_gold = ((ids == y) & (rank < K)).any(-1, keepdim=True)
+        K = torch.where(has_gold, K, K.clamp(max=limit - 1))
+        S = torch.cat([ids.masked_fill(rank >= K, V), torch.where(has_gold, V, y)], -1)  # V: not in S_t, sorts last
+        S = S.masked_fill(~decided, V).sort(-1).values
+        sizes[rows] = (S < V).sum(-1)
+        done.append((rows[decided[:, 0]], S[S < V]))
+        # rho_t = sum of p_j over j not in S_t: summing what is outside keeps the digits of a small rho
+        p[torch.arange(len(rows), device=device).repeat_interleave(sizes[rows]), S[S < V]] = 0
+        rho[rows] = p.sum(-1).float().clamp(max=1)
+        rows, p, k = rows[~decided[:, 0]], p[~decided[:, 0]], 16 * k
+    offsets = _offsets(sizes)
+    token_ids = torch.empty(int(offsets[-1]), dtype=torch.int32, device=device)
+    for rows, ids in done:
+        token_ids[_ranges(offsets[rows], sizes[rows])] = ids.int()
+    return ReplayRecord(token_ids, offsets, rho, V, float(tau))
+
+
+def _most_probable(p: Tensor, k: int):
+    """The k largest of each row, with their ids: by probability, descending, equal ones by id, ascending."""
+    if k == p.shape[-1]:
+        return p.sort(dim=-1, descending=True, stable=True)
+    ids = p.topk(k).indices.sort(-1).values  # topk promises no order among equals
+    top, order = p.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return top, ids.gather(-1, order)
+
+
+def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:
+    """The probability outside each recorded subset, under any model's logits: what the replay loss does not see.
+
+        rho_t = sum of softmax(z_t)_j over j not in S_t
+
+    logits: (..., V), finite. Returns (N,), float64 for float64 logits, else float32; 0 for an empty (ignored) row.
+    Differentiable. L_full - L_S = -log(1 - rho_t), and no gradient of L_S holds rho_t down (THEORY.md R2, R7): watch it.
+    Raises ValueError if logits are not finite or disagree with the record on N or V.
+
+    >>> record = record_topk(torch.zeros(1, 4), torch.tensor([0]), tau=0.5)
+    >>> outside_mass(torch.tensor([[0.0, 0.0, 0.0, 100.0]]), record)     # the model moved: all mass is outside now
+    tensor([1.])
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    _check_fit("logits", *flat.shape, record)
+    p = _check_finite(flat).softmax(-1, dtype=_wide_dtype(flat))
+    inside = (_rows(record), record.token_ids.long())
+    return p.index_put(inside, p.new_zeros(())).sum(-1).clamp(max=1) * (record.subset_sizes > 0)
+
+
+def _rows(record: ReplayRecord) -> Tensor:
+    """(nnz,) the row t of every recorded token."""
+    return torch.arange(len(record), device=record.offsets.device).repeat_interleave(record.subset_sizes)
+
+
+def _check_fit(name: str, N: int, V: int, record: ReplayRecord) -> None:
+    if (N, V) != (len(record), record.vocab_size):
+        raise ValueError(f"{name} of N = {N} positions and V = {V} tokens does not fit the record "
+                         f"of N = {len(record)} and V = {record.vocab_size}")
+
+
+def _replay_nll(z: Tensor, target: Tensor, record: ReplayRecord, ignore_index: int, reduction: str) -> Tensor:
+    """-log(exp z_y / sum over S_t of exp z_j) from z (nnz,), the logits of the recorded tokens, row after row."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    shape, target = target.shape, _check_target(target, record.vocab_size, ignore_index)
+    rows, zeros = _rows(record), z.new_zeros(len(record))
+    counted, is_gold = target != ignore_index, record.token_ids == target[rows]
+    has_gold = zeros.index_add(0, rows, is_gold.to(z.dtype)) > 0
+    _require(has_gold | ~counted, "target must be in its recorded row: is this the record of this batch?")
+    z_gold = zeros.index_add(0, rows, z.where(is_gold, 0))
+    # L_t = (max - z_y) + log(sum over S_t of exp(z_j - max)); the maximum, a constant, keeps exp from overflowing
+    z_max = zeros.scatter_reduce(0, rows, z.detach(), "amax", include_self=False)
+    total = zeros.index_add(0, rows, (z - z_max[rows]).exp())
+    nll = torch.where(counted, (z_max - z_gold) + total.where(counted, 1).log(), 0)
+    if reduction == "none":
+        return nll.reshape(shape)
+    return nll.sum() / counted.sum() if reduction == "mean" else nll.sum()
+
+
+def replay_cross_entropy(logits: Tensor, target: Tensor, record: ReplayRecord, *,
+                         ignore_index=-100, reduction="mean") -> Tensor:
+    """Stage 1: cross-entropy under the softmax renormalized to the recorded subset, from dense logits.
+
+        L_t = -log( exp z_y / sum over j in S_t of exp z_j )
+
+    Mirrors `F.cross_entropy`: logits (..., V), target (...), "mean" divides by the number of targets that are not
+    ignored; the result is float32 (float64 for float64 logits), in nats, shaped like target for "none". With S_t = all V
+    it is `F.cross_entropy`; always L_t <= L_full (THEORY.md R2). The gradient is exactly zero outside S_t (R3).
+    Raises ValueError for non-finite logits, a target outside [0, V) or not in its recorded row, N or V that disagree.
+    Source: arXiv:2510.09152, abstract (Stage 1, "exact renormalized losses").
+
+    >>> logits, target = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
+    >>> record = record_topk(logits, target, tau=0.9)                    # keeps tokens 0 and 1
+    >>> replay_cross_entropy(logits, target, record)                     # log(1 + exp(-1))
+    tensor(0.3133)
+    """
+    flat = _check_logits(logits, target)
+    _check_fit("logits", *flat.shape, record)
+    z = flat[_rows(record), record.token_ids.long()].to(_wide_dtype(flat))
+    return _replay_nll(z, target, record, ignore_index, reduction)
+
+
+class _SampledLogits(torch.autograd.Function):
+    """z = (h W')[t, j] for j in S_t: nnz d multiplications, forward and backward, and no (N, V) tensor.
+
+    `sampled_addmm` has its own backward; this one does the same two products without its copies, in half the time.
+    """
+
+    @staticmethod
+    def forward(ctx, h, W, rows, offsets, ids):
+        ctx.save_for_backward(h, W, rows, offsets, ids)
+        pattern = torch.sparse_csr_tensor(offsets, ids, h.new_zeros(len(ids)), (len(h), len(W)), check_invariants=False)
+        return torch.sparse.sampled_addmm(pattern, h, W.t(), beta=0).values()
+
+    @staticmethod
+    def backward(ctx, grad_z):
+        h, W, rows, offsets, ids = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted: differentiate the plain formula
+            wanted = [x for x, needed in zip((h, W), ctx.needs_input_grad) if needed]
+            grads = iter(torch.autograd.grad(_gathered_logits(h, W, rows, ids), wanted, grad_z, create_graph=True))
+            return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:2]), None, None, None
+        G = torch.sparse_csr_tensor(offsets, ids, grad_z.contiguous(), (len(h), len(W)), check_invariants=False)
+        # dL/dh = G W,   dL/dW = G' h,   with G the (N, V) sparse matrix of dL/dz
+        grad_h = G @ W if ctx.needs_input_grad[0] else None
+        grad_W = G.t() @ h if ctx.needs_input_grad[1] else None
+        return grad_h, grad_W, None, None, None
+
+
+def _gathered_logits(h: Tensor, W: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+    """The same z by gathering: (nnz, d) memory, but any device, any dtype, any order of derivative."""
+    return (h[rows] * W[ids]).sum(-1)
+
+
+def linear_replay_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, record: ReplayRecord, *,
+                                linear_bias=None, ignore_index=-100, reduction="mean") -> Tensor:
+    """Stage 1, fast: `replay_cross_entropy` of logits = input @ linear_weight.T + linear_bias, never formed.
+
+        z_tj = <input_t, weight_j> + bias_j for j in S_t only;   L_t = -log( exp z_ty / sum over j in S_t of exp z_tj )
+
+    Mirrors `F.linear_cross_entropy`: input (..., d), linear_weight (V, d), target (...), linear_bias (V,) or None.
+    O(nnz d) operations instead of O(N V d) (THEORY.md R8). float16 and bfloat16 are accumulated, and the loss
+    returned, in float32. Uses `torch.sparse.sampled_addmm` on CPU and CUDA, which have it, and gathers rows elsewhere.
+    Raises ValueError as `replay_cross_entropy` does.
+    Source: arXiv:2510.09152, abstract ("avoiding full softmax computation").
+
+    >>> h, W, y = torch.randn(5, 8), torch.randn(100, 8), torch.arange(5)
+    >>> record = record_topk(h @ W.T, y, tau=0.9)
+    >>> loss = linear_replay_cross_entropy(h, W, y, record)
+    >>> torch.allclose(loss, replay_cross_entropy(h @ W.T, y, record))
+    True
+    """
+    if linear_weight.dim() != 2 or input.shape[-1:] != linear_weight.shape[1:] or input.shape[:-1] != target.shape:
+        raise ValueError(f"input (..., d), linear_weight (V, d) and target (...) do not fit: {tuple(input.shape)}, "
+                         f"{tuple(linear_weight.shape)}, {tuple(target.shape)}")
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]:
+        raise ValueError(f"linear_bias must have shape ({len(linear_weight)},), got {tuple(linear_bias.shape)}")
+    dtype, rows, ids = _wide_dtype(input, linear_weight), _rows(record), record.token_ids
+    h, W = input.reshape(-1, input.shape[-1]).to(dtype), linear_weight.to(dtype)
+    _check_fit("input @ linear_weight.T", len(h), len(W), record)
+    if h.device.type in ("cpu", "cuda"):  # where sampled_addmm exists
+        z = _SampledLogits.apply(h, W, rows, record.offsets.int(), ids)
+    else:
+        z = _gathered_logits(h, W, rows, ids)
+    if linear_bias is not None:
+        z = z + linear_bias[ids]
+    finite = z.detach().isfinite()
+    if not finite.all():
+        raise ValueError(f"input @ linear_weight.T + linear_bias must be finite (row {int(rows[~finite][0])})")
+    return _replay_nll(z, target, record, ignore_index, reduction)

@@ -1,0 +1,247 @@
+"""MoClip: Adam-atan2 whose gradient may not turn further than max_angle away from the momentum.
+
+The optimizer of *Logits Replay + MoClip* (Qiu, Li, Zhou, Huang, Qiu, Sun; arXiv:2510.09152), which
+"caps gradient-momentum rotation and applies an arctan2-based rescaling of updates". Read it as three pieces:
+`angle_between` (how far), `clip_angle` (the cap, a rotation), `MoClip` (the cap inside Adam-atan2).
+
+    symbol      code          meaning
+    g           grad          gradient of this step
+    m, v        exp_avg, exp_avg_sq   first and second moment, as in torch.optim.Adam
+    theta       last_angle    angle between g and the momentum BEFORE this step, in [0, pi]
+    Delta_max   max_angle     the cap on theta
+    g~                        g, rotated to the cap where theta exceeds it
+    t           step          number of steps taken by a parameter
+
+Angles are radians throughout. The published summary of the paper gives no formula for the rotation, the scope of
+the angle, or the antiparallel case; what is chosen here, and why, stands where it happens and in README.md.
+What the choices guarantee is stated and proved in THEORY.md (M1 to M10).
+Not here: fused kernels, AMSGrad, `maximize`, sparse or complex gradients.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: the arithmetic of float16 and bfloat16 is too coarse for moments and angles."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def _norm(pieces) -> Tensor:
+    """Euclidean norm of one vector given in pieces, in float64, where no square of a float32 over- or underflows."""
+    dtype = torch.float32 if pieces[0].device.type == "mps" else torch.float64  # MPS has no float64
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(piece, dtype=dtype) for piece in pieces]))
+
+
+def _nonzero(norm: Tensor) -> Tensor:
+    return torch.where(norm > 0, norm, 1)  # as a divisor: a zero vector divided by it stays zero
+
+
+def _angle(us, vs):
+    """(theta, |u|, |v|) of two vectors given in pieces: lists of tensors of pairwise equal shapes."""
+    norm_u, norm_v = _norm(us), _norm(vs)
+    # theta = 2 atan2(|u/|u| - v/|v||, |u/|u| + v/|v||)                       (Kahan 2006, section 12)
+    # arccos(<u, v> / |u||v|) would lose half of the digits near 0 and near pi.
+    units = [(u / _nonzero(norm_u), v / _nonzero(norm_v)) for u, v in zip(us, vs)]
+    theta = 2 * torch.atan2(_norm([u - v for u, v in units]), _norm([u + v for u, v in units]))
+    return torch.where((norm_u > 0) & (norm_v > 0), theta, 0), norm_u, norm_v
+
+
+def _rotation(theta: Tensor, max_angle: float, eps: float):
+    """The rotation to the cap as coefficients: g~ = A g + B |g| m/|m|. Returns (A, B, clipped, antiparallel).
+
+    In the plane of g and m the unit vector at angle Delta = max_angle from m is the spherical interpolation
+        g~/|g| = (sin(Delta) g/|g| + sin(theta - Delta) m/|m|) / sin(theta),
+    which equals cos(Delta) m/|m| + sin(Delta) u with u the unit vector of g's component orthogonal to m.
+    Antiparallel means sin(theta) <= sqrt(eps): of the digits of u, less than half survive the subtraction g - <g, m/|m|> m/|m|.
+    """
+    clipped = theta > max_angle
+    antiparallel = clipped & (theta > math.pi / 2) & (theta.sin() <= math.sqrt(eps))
+    turned = clipped & ~antiparallel
+    A = torch.where(turned, math.sin(max_angle) / theta.sin(), 1)
+    B = torch.where(turned, (theta - max_angle).sin() / theta.sin(), 0)
+    return A, B, clipped, antiparallel
+
+
+def _check_pair(name_u, u, name_v, v):
+    if u.shape != v.shape:
+        raise ValueError(f"{name_u} and {name_v} must have the same shape, got {tuple(u.shape)} and {tuple(v.shape)}")
+    for name, x in ((name_u, u), (name_v, v)):
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be a real floating-point tensor, got {x.dtype}")
+
+
+def _check_max_angle(max_angle):
+    if not 0 <= max_angle <= math.pi:
+        raise ValueError(f"max_angle must lie in [0, pi] radians, got {max_angle}")
+
+
+def angle_between(u: Tensor, v: Tensor) -> Tensor:
+    """Angle between two tensors of one shape, read as vectors: a 0-dim tensor, radians in [0, pi].
+
+        theta = 2 atan2(| u/|u| - v/|v| |, | u/|u| + v/|v| |)
+
+    Accurate to a few eps at every angle, near 0 and pi too (Kahan, "How Futile are Mindless Assessments of
+    Roundoff", 2006, section 12). The angle with a zero vector is 0 here: nothing is there to turn away from.
+    Raises ValueError for unequal shapes and for tensors that are not real floating point.
+
+    >>> round(math.degrees(angle_between(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]))), 4)
+    45.0
+    """
+    _check_pair("u", u, "v", v)
+    theta, _, _ = _angle([_wide(u)], [_wide(v)])
+    return theta.to(torch.promote_types(_wide(u).dtype, _wide(v).dtype))
+
+
+def clip_angle(grad: Tensor, momentum: Tensor, max_angle: float) -> Tensor:
+    """Rotate `grad` towards `momentum` until the angle between them is at most `max_angle` (radians in [0, pi]).
+
+        g~ = g                                              if theta <= Delta or m = 0
+           = |g| (cos(Delta) m/|m| + sin(Delta) u)          otherwise, u = unit vector of g - <g, m/|m|> m/|m|
+
+    Keeps the norm and the dtype of `grad` and stays in the plane of both (THEORY.md M1, M2). Antiparallel vectors
+    span no plane (see `_rotation`): `grad` is returned as it is, and `MoClip` restarts the momentum at zero.
+    Raises ValueError for unequal shapes, non-real dtypes and max_angle outside [0, pi].
+    Source: "caps gradient-momentum rotation", arXiv:2510.09152, abstract; the formula is this project's reading.
+
+    >>> clip_angle(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 0.0]), math.pi / 6)   # 90 degrees down to 30
+    tensor([1.7321, 1.0000])
+    """
+    _check_pair("grad", grad, "momentum", momentum)
+    _check_max_angle(max_angle)
+    g, m = _wide(grad), _wide(momentum)
+    theta, norm_g, norm_m = _angle([g], [m])
+    A, B, _, _ = _rotation(theta, max_angle, torch.finfo(g.dtype).eps)
+    return torch.addcmul(A * g, m / _nonzero(norm_m), B * norm_g).to(grad.dtype)
+
+
+class MoClip(torch.optim.Optimizer):
+    """Momentum-clipped Adam-atan2: a cap on the gradient's angle, arctan2 in place of Adam's division.
+
+        theta = angle(g, m)                                               # m is the momentum BEFORE this step
+        g~    = clip_angle(g, m, max_angle)                               # m = 0 first, if g is antiparallel to it
+        m     = beta1 m + (1 - beta1) g~
+        v     = beta2 v + (1 - beta2) g~^2
+        w     = (1 - lr weight_decay) w - lr a atan2(m / (1 - beta1^t), b sqrt(v / (1 - beta2^t)))
+
+    Everything after the first two lines is Adam-atan2 (Everett et al., arXiv:2407.05872, section 4.3); the cap is
+    arXiv:2510.09152's. a = 4/pi and b = 1 make a step with m = sqrt(v) exactly lr, as in Adam, and no coordinate ever
+    moves by more than lr a pi/2 = 2 lr (M4). Scaling the loss by a constant changes nothing (M5), so there is no eps.
+
+    Args:
+        params: parameters or parameter groups; every option below but `scope` may differ between groups
+            (`max_angle` may not where scope="global": there is only one angle).
+        lr: step size, >= 0.     betas: decay of m and v, each in [0, 1).     weight_decay: decoupled, >= 0.
+        max_angle: the cap in radians, in [0, pi]. pi turns it off (Adam-atan2). Below pi/2 the step can ascend and
+            momentum feeds on noise (M7, M8): hence the default.
+        a, b: > 0, output and input scale of atan2.
+        scope: "global" takes one angle over all parameters that have a gradient, the literal reading of the paper's
+            vector notation; "tensor" takes one per parameter. Neither implies the other (M10).
+
+    State of a parameter: `step` (a float32 tensor on the CPU), `exp_avg`, `exp_avg_sq` (float32 at least, also for
+    bfloat16 parameters). After `step()`, `last_angle` and `last_clipped` hold theta and theta > max_angle as tensors:
+    0-dim for "global", one entry per parameter with a gradient for "tensor". `step` never waits for the device.
+    Raises ValueError for bad hyperparameters and complex parameters, RuntimeError for sparse gradients.
+
+    >>> w = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
+    >>> optimizer = MoClip([w], lr=0.1)
+    >>> (w ** 2).sum().backward()
+    >>> optimizer.step()
+    >>> w                                                                 # the first step is lr, whatever |g|
+    Parameter containing:
+    tensor([ 0.9000, -0.9000], requires_grad=True)
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), *, max_angle=math.pi / 2,
+                 a=4 / math.pi, b=1.0, weight_decay=0.0, scope="global"):
+        super().__init__(params, dict(lr=lr, betas=betas, max_angle=max_angle, a=a, b=b,
+                                      weight_decay=weight_decay, scope=scope))
+        self.last_angle = torch.zeros(())
+        self.last_clipped = torch.zeros((), dtype=torch.bool)
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        try:
+            self._check(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check(self, group):
+        _check_max_angle(group["max_angle"])
+        for name in ("lr", "weight_decay"):
+            if not 0 <= group[name] < math.inf:
+                raise ValueError(f"{name} must be finite and >= 0, got {group[name]}")
+        for name in ("a", "b"):
+            if not 0 < group[name] < math.inf:
+                raise ValueError(f"{name} must be finite and > 0, got {group[name]}")
+        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
+        if group["scope"] not in ("global", "tensor"):
+            raise ValueError(f'scope must be "global" or "tensor", got {group["scope"]!r}')
+        first = self.param_groups[0]
+        if group["scope"] != first["scope"]:
+            raise ValueError(f"scope must be the same for all parameter groups, got {group['scope']!r}")
+        if group["scope"] == "global" and group["max_angle"] != first["max_angle"]:
+            raise ValueError('max_angle must be the same for all parameter groups when scope="global": '
+                             f"got {group['max_angle']} beside {first['max_angle']}")
+        if any(p.is_complex() for p in group["params"]):
+            raise ValueError("params must be real, got a complex parameter")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Take one step; `closure`, if given, recomputes and returns the loss, as for every torch optimizer."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        entries = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for _, p in entries:
+            if p.grad.is_sparse:
+                raise RuntimeError("MoClip does not support sparse gradients")
+            if not self.state[p]:
+                self.state[p] = {"step": torch.tensor(0.0),
+                                 "exp_avg": torch.zeros_like(_wide(p)), "exp_avg_sq": torch.zeros_like(_wide(p))}
+        if entries:
+            one_scope = self.param_groups[0]["scope"] == "global"
+            reports = [self._step_scope(scope) for scope in ([entries] if one_scope else [[e] for e in entries])]
+            angles, clipped = zip(*reports)
+            self.last_angle = angles[0] if one_scope else torch.stack(angles)
+            self.last_clipped = clipped[0] if one_scope else torch.stack(clipped)
+        return loss
+
+    def _step_scope(self, entries):
+        """Step the parameters that share one angle; returns (theta, clipped)."""
+        grads = [_wide(p.grad) for _, p in entries]
+        momenta = [self.state[p]["exp_avg"] for _, p in entries]
+        theta, norm_g, norm_m = _angle(grads, momenta)
+        A, B, clipped, antiparallel = _rotation(theta, entries[0][0]["max_angle"], torch.finfo(grads[0].dtype).eps)
+        for (group, p), g, m in zip(entries, grads, momenta):
+            (beta1, beta2), lr, a, b = group["betas"], group["lr"], group["a"], group["b"]
+            state, v = self.state[p], self.state[p]["exp_avg_sq"]
+            state["step"] += 1
+            # g~ = A g + B |g| m/|m|; unclipped A = 1 and B = 0, so g passes unchanged to the last bit
+            g = torch.addcmul(A * g, m / _nonzero(norm_m), B * norm_g)
+            # m = beta1 m + (1 - beta1) g~, after a restart at zero where the plane of the rotation is undefined
+            m.mul_(~antiparallel).lerp_(g, 1 - beta1)
+            # v = beta2 v + (1 - beta2) g~^2
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            # w = w - lr (weight_decay w + a atan2(m / (1 - beta1^t), b sqrt(v / (1 - beta2^t))))
+            t = state["step"].double()  # in float32, 1 - 0.999^t would lose four digits
+            update = torch.atan2(m / (1 - beta1**t), (v / (1 - beta2**t)).sqrt_().mul_(b)).mul_(lr * a)
+            if group["weight_decay"]:
+                update += lr * group["weight_decay"] * p
+            p -= update
+        return theta, clipped
+
+    def load_state_dict(self, state_dict):
+        """As torch's, except that moments keep their dtype, where torch casts them to the parameter's."""
+        super().load_state_dict(state_dict)
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for name, p in zip(names, params):
+            for key, saved in state_dict["state"].get(name, {}).items():
+                if key != "step":
+                    self.state[p][key] = saved.to(p.device, copy=True)

@@ -1,0 +1,598 @@
+"""Logits Replay + MoClip end to end: pretrain a compact LM, record, fine-tune four ways, measure what was forgotten.
+
+    python train_small.py              # first run pretrains and caches the base; later runs start from the cache
+    python train_small.py --quick      # smoke run of the same code path
+    python train_small.py --tau 0.8    # see the outside mass run away
+
+Nothing is downloaded. Read top to bottom: 1 general text, 2 domain, 3 tokenizer, 4 model, 5 base, 6 Stage 0,
+7 Stage 1, 8 evaluation, 9 the run. General text is the English prose that ships with every CPython; the domain is
+questions to SQL over a small telecom database; what counts in the domain is whether the generated SQL, run on the
+database, returns the right rows. The base has seen prose, and SQL over other, random schemas: it knows SQL, not this database.
+
+Shapes: B sequences of T tokens, flattened row-major to N positions; d = width, V = vocabulary size.
+"""
+
+import argparse
+import ast
+import collections
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import random
+import re
+import sqlite3
+import statistics
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from logits_replay import ReplayRecord, linear_replay_cross_entropy, outside_mass, record_topk
+from moclip import MoClip
+
+V, WIDTH, LAYERS, HEADS, CONTEXT = 8192, 192, 3, 6, 112
+IGNORE = -100
+BASE = dict(steps=700, batch=32, window=64, lr=2e-3, seed=0, schemas=400, sql_examples=12000)
+QUICK_BASE = dict(BASE, steps=25, sql_examples=2000)
+METHODS = ("full+adamw", "full+moclip", "replay+adamw", "replay+moclip")
+LR = {"full+adamw": 3e-4, "full+moclip": 3e-4, "replay+adamw": 3e-4, "replay+moclip": 3e-4}
+
+
+# ---------------------------------------------------------------------------------------------- 1. general text
+
+def general_documents():
+    """English prose in every CPython: the language reference topics, and each standard-library module's docstrings."""
+    from pydoc_data.topics import topics
+    documents = {f"topic {name}": text for name, text in topics.items()}
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [path for folder in (".", "*", "*/*") for path in root.glob(f"{folder}/*.py")]
+    files = [path for path in files if not {"test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3",
+                                            "pydoc_data", "encodings"} & set(path.relative_to(root).parts)]
+    for path in tqdm(sorted(set(files)), "harvesting docstrings", disable=None, leave=False):
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            continue
+        nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        text = "\n\n".join(filter(None, (ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, nodes))))
+        if len(text) > 200:
+            documents[str(path.relative_to(root))] = text
+    return documents
+
+
+# ---------------------------------------------------------------------------------------------- 2. the domain
+
+# table -> column -> values: a list (text, first column is the row's name) or a range (numbers); and how people say it
+TELECOM = {
+    "site": {"name": [f"{a} {b}" for a in ("North", "South", "East", "West", "Upper", "Lower", "Old", "New")
+                      for b in ("Hill", "Bridge", "Park", "Gate", "Lake")],
+             "city": ["Oslo", "Paris", "Berlin", "Madrid", "Rome", "Vienna", "London", "Athens", "Dublin", "Prague"],
+             "vendor": ["Alpha", "Delta", "Gamma", "Sigma", "Omega"],
+             "height": range(10, 90), "year": range(1995, 2025)},
+    "cell": {"code": [f"{a}{i}" for a in "ABCDEFGHJK" for i in range(10, 22)],
+             "site": "site.name",
+             "band": ["low", "middle", "high", "micro", "local", "shared"],
+             "power": range(5, 80), "users": range(1, 400)},
+    "alarm": {"number": [f"X{i}" for i in range(100, 300)],
+              "cell": "cell.code",
+              "kind": ["power", "link", "clock", "heat", "fan", "door", "signal", "config"],
+              "severity": ["minor", "major", "critical", "warning"],
+              "hours": range(1, 72), "cost": range(100, 900)},
+}
+SPOKEN = {"site": ["sites", "towers", "locations"], "cell": ["cells", "sectors", "carriers"],
+          "alarm": ["alarms", "faults", "incidents"], "city": ["city", "town"], "vendor": ["vendor", "supplier", "maker"],
+          "height": ["height", "elevation"], "year": ["year", "build date"], "band": ["band", "frequency"],
+          "power": ["power", "output"], "users": ["users", "load"], "kind": ["kind", "type", "category"],
+          "severity": ["severity", "level"], "hours": ["hours", "duration"], "cost": ["cost", "price"]}
+
+# {t} table, {i} its name column, {c} {v} {e} {w} text columns with a value each, {n} {m} number columns, {x} {y} numbers,
+# {k} a small count; {o} an operator, {g} an aggregate, {s} a sort order. Upper case: the same, as people say it.
+FORMS = {
+    "count": (["how many {T} are there", "count all {T}", "what is the number of {T}", "give the total count of {T}",
+               "tell me how many {T} we have", "how many {T} do we run", "number of {T} please"],
+              "SELECT COUNT(*) FROM {t}"),
+    "count where": (["how many {T} have {C} {v}", "count the {T} whose {C} is {v}"],
+                    "SELECT COUNT(*) FROM {t} WHERE {c} = '{v}'"),
+    "count compare": (["how many {T} have {N} {O} {x}", "count {T} with a {N} {O} {x}"],
+                      "SELECT COUNT(*) FROM {t} WHERE {n} {o} {x}"),
+    "list where": (["which {T} have {C} {v}", "list {T} where the {C} is {v}"],
+                   "SELECT {i} FROM {t} WHERE {c} = '{v}'"),
+    "list not": (["which {T} have a {C} other than {v}", "list {T} whose {C} is not {v}"],
+                 "SELECT {i} FROM {t} WHERE {c} != '{v}'"),
+    "list compare": (["which {T} have {N} {O} {x}", "show {T} with {N} {O} {x}"],
+                     "SELECT {i} FROM {t} WHERE {n} {o} {x}"),
+    "list between": (["which {T} have {N} between {x} and {y}", "list {T} with {N} from {x} to {y}"],
+                     "SELECT {i} FROM {t} WHERE {n} BETWEEN {x} AND {y}"),
+    "list and": (["which {T} with {C} {v} have {N} {O} {x}", "list {T} where {C} is {v} and {N} is {O} {x}"],
+                 "SELECT {i} FROM {t} WHERE {c} = '{v}' AND {n} {o} {x}"),
+    "list or": (["which {T} have {C} {v} or {N} {O} {x}", "show {T} that have {C} {v} or else {N} {O} {x}"],
+                "SELECT {i} FROM {t} WHERE {c} = '{v}' OR {n} {o} {x}"),
+    "column where": (["show the {N} of {T} with {C} {v}", "what {N} do {T} with {C} {v} have"],
+                     "SELECT {n} FROM {t} WHERE {c} = '{v}'"),
+    "aggregate": (["what is the {G} {N} of all {T}", "give the {G} {N} over {T}", "{G} {N} of {T}"],
+                  "SELECT {g}({n}) FROM {t}"),
+    "aggregate where": (["what is the {G} {N} of {T} with {C} {v}", "for {T} whose {C} is {v} give the {G} {N}"],
+                        "SELECT {g}({n}) FROM {t} WHERE {c} = '{v}'"),
+    "group count": (["how many {T} are there for each {C}", "count {T} per {C}", "number of {T} by {C}"],
+                    "SELECT {c}, COUNT(*) FROM {t} GROUP BY {c}"),
+    "group aggregate": (["what is the {G} {N} of {T} for each {C}", "{G} {N} of {T} per {C}"],
+                        "SELECT {c}, {g}({n}) FROM {t} GROUP BY {c}"),
+    "group having": (["which {C} values have more than {k} {T}", "list each {C} that has over {k} {T}"],
+                     "SELECT {c} FROM {t} GROUP BY {c} HAVING COUNT(*) > {k}"),
+    "top": (["which {k} {T} have the {S} {N}", "list the {k} {T} with the {S} {N}"],
+            "SELECT {i} FROM {t} ORDER BY {n} {s}, {i} LIMIT {k}"),
+    "top where": (["which {k} {T} with {C} {v} have the {S} {N}", "of {T} with {C} {v} list the {k} with the {S} {N}"],
+                  "SELECT {i} FROM {t} WHERE {c} = '{v}' ORDER BY {n} {s}, {i} LIMIT {k}"),
+    "distinct": (["which different {C} values do {T} with {N} {O} {x} have", "list every {C} of {T} with {N} {O} {x} once"],
+                 "SELECT DISTINCT {c} FROM {t} WHERE {n} {o} {x}"),
+    "above average": (["which {T} with {C} {v} are {O} the average {N}", "list {T} whose {C} is {v} and {N} {O} average"],
+                      "SELECT {i} FROM {t} WHERE {c} = '{v}' AND {n} {o} (SELECT AVG({n}) FROM {t})"),
+    "join count": (["how many {T} belong to {U} with {E} {w}", "count {T} at {U} whose {E} is {w}"],
+                   "SELECT COUNT(*) FROM {t} JOIN {u} ON {t}.{f} = {u}.{j} WHERE {u}.{e} = '{w}'"),
+    "join list": (["which {T} with {N} {O} {x} belong to {U} with {E} {w}", "list {T} at {U} whose {E} is {w} with {N} {O} {x}"],
+                  "SELECT {t}.{i} FROM {t} JOIN {u} ON {t}.{f} = {u}.{j} WHERE {u}.{e} = '{w}' AND {t}.{n} {o} {x}"),
+}
+OPERATORS = {">": ["above", "over", "greater than"], "<": ["below", "under", "less than"]}
+AGGREGATES = {"AVG": ["average", "mean"], "MAX": ["largest", "maximum"], "MIN": ["smallest", "minimum"], "SUM": ["total"]}
+ORDERS = {"DESC": ["highest", "largest"], "ASC": ["lowest", "smallest"]}
+
+
+def ask(rng, form, schema, spoken):
+    """One (question, SQL) pair of the form over the schema."""
+    say = lambda name, words=spoken: rng.choice(words.get(name, [name]))
+    joins = {t: next(((c, *v.split(".")) for c, v in columns.items() if isinstance(v, str)), None)
+             for t, columns in schema.items()}
+    questions, sql = FORMS[form]
+    t = rng.choice([t for t in schema if joins[t] or "{u}" not in sql])
+    texts = lambda table: [c for c, v in list(schema[table].items())[1:] if isinstance(v, list)]
+    numbers = [c for c, v in schema[t].items() if isinstance(v, range)]
+    f, u, j = joins[t] or (None, t, None)
+    c, e, n = rng.choice(texts(t)), rng.choice(texts(u)), rng.choice(numbers)
+    x, y = sorted(rng.sample(schema[t][n], 2))
+    o, g, s = rng.choice(list(OPERATORS)), rng.choice(list(AGGREGATES)), rng.choice(list(ORDERS))
+    slots = dict(t=t, i=next(iter(schema[t])), c=c, v=rng.choice(schema[t][c]), n=n, x=x, y=y, k=rng.randint(2, 9), o=o, g=g,
+                 s=s, f=f, u=u, j=j, e=e, w=rng.choice(schema[u][e]), T=say(t), U=say(u), C=say(c), E=say(e), N=say(n),
+                 O=say(o, OPERATORS), G=say(g, AGGREGATES), S=say(s, ORDERS))
+    return rng.choice(questions).format(**slots), sql.format(**slots)
+
+
+def random_schema(rng, words):
+    """A schema like the domain's with other names: two tables, the second one refers to the first."""
+    names = iter(rng.sample(words, 12))
+    values = lambda: rng.sample(words, 8)
+    first, key = next(names), next(names)
+    return {first: {key: values(), next(names): values(), next(names): values(), next(names): range(1, 100),
+                    next(names): range(1900, 2025)},
+            next(names): {next(names): values(), first: f"{first}.{key}", next(names): values(),
+                          next(names): range(10, 1000), next(names): range(1, 50)}}
+
+
+class Database:
+    """The telecom tables in memory. The SQL that runs on it comes from a model: reading only, few steps, few rows."""
+
+    def __init__(self, rng, rows=dict(site=40, cell=120, alarm=200)):
+        self.connection = sqlite3.connect(":memory:")
+        for t, columns in TELECOM.items():
+            self.connection.execute(f"CREATE TABLE {t} ({', '.join(columns)})")
+            pools = [TELECOM[v.split(".")[0]][v.split(".")[1]] if isinstance(v, str) else v for v in columns.values()]
+            for i in range(rows[t]):
+                row = [pool[i] if k == 0 else rng.choice(pool) for k, pool in enumerate(pools)]
+                self.connection.execute(f"INSERT INTO {t} VALUES ({', '.join('?' * len(row))})", row)
+        allowed = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ}
+        self.connection.set_authorizer(lambda action, _, name, *__: sqlite3.SQLITE_OK if action in allowed or (
+            action == sqlite3.SQLITE_FUNCTION and name in ("count", "sum", "avg", "min", "max")) else sqlite3.SQLITE_DENY)
+        self.connection.set_progress_handler(self._tick, 1000)
+
+    def _tick(self):
+        self.ticks += 1
+        return self.ticks > 1000  # a million virtual-machine steps: then the query is stopped
+
+    def rows(self, sql):
+        """The rows of a query, at most 1000 of them; None if it fails."""
+        self.ticks = 0
+        try:
+            return self.connection.execute(sql).fetchmany(1000)
+        except (sqlite3.Error, sqlite3.Warning, ValueError):
+            return None
+
+    def agrees(self, sql, gold):
+        """Do both queries return the same rows, in the same order where the gold query asks for one?"""
+        mine, right = self.rows(sql), self.rows(gold)
+        return mine is not None and (mine == right if "ORDER BY" in gold else sorted(mine, key=repr) == sorted(right, key=repr))
+
+
+def domain_split(rng, database, per_form):
+    """Distinct questions with non-empty answers; of every form one in eight is held out. Returns (train, test)."""
+    train, test = [], []
+    for form in FORMS:
+        pairs = {}
+        for _ in range(20 * per_form):
+            question, sql = ask(rng, form, TELECOM, SPOKEN)
+            if len(pairs) < per_form and database.rows(sql) not in ([], [(0,)], [(None,)]):
+                pairs[question] = sql
+        pairs = list(pairs.items())
+        held_out = max(1, len(pairs) // 8)
+        test += pairs[:held_out]
+        train += pairs[held_out:]
+    return train, test
+
+
+def prompt(question):
+    return f"Question: {question}?\nSQL:"
+
+
+# ---------------------------------------------------------------------------------------------- 3. tokenizer
+
+class Tokenizer:
+    """Whole words, single digits and symbols by frequency, the 256 bytes for everything else: lossless on any text."""
+
+    PIECE = re.compile(r" ?[A-Za-z]+| ?[0-9]| ?[^A-Za-z0-9\s]|\s+")
+
+    def __init__(self, text, size):
+        counts = collections.Counter(self.PIECE.findall(text))
+        pieces = sorted(counts, key=lambda piece: (-counts[piece], piece))[:size - 257]
+        self.end = 256
+        self.id = {piece: 257 + i for i, piece in enumerate(pieces)}
+        self.bytes = [bytes([i]) for i in range(256)] + [b""] + [p.encode(errors="surrogatepass") for p in pieces]
+
+    def encode(self, text):
+        ids = []
+        for piece in self.PIECE.findall(text):
+            ids += [self.id[piece]] if piece in self.id else piece.encode(errors="surrogatepass")
+        return ids
+
+    def decode(self, ids):
+        data = b"".join(self.bytes[i] if i < len(self.bytes) else b"" for i in ids)
+        try:
+            return data.decode(errors="surrogatepass")
+        except UnicodeDecodeError:  # a model may stop inside a character
+            return data.decode(errors="replace")
+
+
+# ---------------------------------------------------------------------------------------------- 4. model
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x, past):
+        B, T, _ = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        if past:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        if past is not None:
+            past[:] = k, v
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        x = x + self.out(attended.transpose(1, 2).reshape(B, T, WIDTH))
+        return x + self.mlp(self.norm2(x))
+
+
+class Model(nn.Module):
+    """A pre-norm causal transformer with tied embeddings; returns hidden states, the losses apply the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.position = nn.Embedding(V, WIDTH), nn.Embedding(CONTEXT, WIDTH)
+        self.blocks, self.norm = nn.ModuleList(Block() for _ in range(LAYERS)), nn.LayerNorm(WIDTH)
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, tokens, past=None):
+        """tokens (B, T) -> hidden (B, T, d). `past`: a list a layer, [] at first, that keeps keys and values."""
+        start = past[0][0].shape[2] if past and past[0] else 0
+        x = self.embedding(tokens) + self.position.weight[start:start + tokens.shape[1]]
+        for i, block in enumerate(self.blocks):
+            x = block(x, past[i] if past else None)
+        return self.norm(x)
+
+
+# ---------------------------------------------------------------------------------------------- 5. the base
+
+def batches(streams, settings):
+    """Batches (B, T + 1) of random windows, an equal share from each token stream."""
+    generator = torch.Generator().manual_seed(settings["seed"])
+    share, span = settings["batch"] // len(streams), settings["window"] + 1
+    while True:
+        yield torch.cat([stream.unfold(0, span, 1)[torch.randint(len(stream) - span, (share,), generator=generator)]
+                         for stream in streams])
+
+
+def warmup_then_linear(optimizer, steps):
+    """Learning rate: up over the first tenth, then down to zero at the last step."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / (steps / 10), (steps - i) / (steps * 0.9), 1))
+
+
+def pretrain(streams, settings, device):
+    """Next-token prediction on the streams; returns the state dict, on the CPU."""
+    torch.manual_seed(settings["seed"])
+    model = Model().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], weight_decay=0.01)
+    schedule = warmup_then_linear(optimizer, settings["steps"])
+    bar = tqdm(range(settings["steps"]), "pretraining the base", disable=None)
+    for _, tokens in zip(bar, batches(streams, settings)):
+        tokens = tokens.to(device)
+        hidden = model(tokens[:, :-1])
+        loss = F.linear_cross_entropy(hidden.flatten(0, 1), model.embedding.weight, tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix_str(f"{loss.item():.2f} nats", refresh=False)
+    return {name: value.cpu() for name, value in model.state_dict().items()}
+
+
+def write_atomically(path, write):
+    """`write(temporary path)`, then rename: a crash leaves the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def digest(*things):
+    return hashlib.sha256("\0".join(map(str, things)).encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------- 6. Stage 0
+
+def encode_domain(tokenizer, pairs):
+    """Tokens (M, T) and targets (M, T): the next token where it belongs to the SQL or ends it, IGNORE elsewhere."""
+    rows = [(tokenizer.encode(prompt(q)), tokenizer.encode(" " + sql) + [tokenizer.end]) for q, sql in pairs]
+    T = max(len(p) + len(s) for p, s in rows) - 1
+    assert T <= CONTEXT, f"an example of {T} tokens does not fit the context of {CONTEXT}"
+    tokens = torch.tensor([(p + s + [tokenizer.end] * T)[:T] for p, s in rows])
+    targets = torch.tensor([([IGNORE] * (len(p) - 1) + s + [IGNORE] * T)[:T] for p, s in rows])
+    return tokens, targets
+
+
+@torch.no_grad()
+def stage0(model, tokens, targets, tau, device):
+    """Record S_t for every scored position, in row-major order, under the base model."""
+    model.eval()
+    records = []
+    for x, y in tqdm(list(zip(tokens.split(64), targets.split(64))), "Stage 0: recording", disable=None):
+        scored = y != IGNORE
+        logits = model(x.to(device))[scored.to(device)] @ model.embedding.weight.T
+        records.append(record_topk(logits, y[scored].to(device), tau))
+    return ReplayRecord.concat(records)
+
+
+# ---------------------------------------------------------------------------------------------- 7. Stage 1
+
+def clock(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+    return time.perf_counter()
+
+
+def finetune(model, method, data, record, probe, args, seed, device):
+    """Train on the domain's SQL tokens with one of the four methods; returns what was measured on the way."""
+    loss_name, optimizer_name = method.split("+")
+    lr, (tokens, targets) = args.lr or LR[method], data
+    if optimizer_name == "adamw":
+        optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0)
+    else:
+        optimizer = MoClip(model.parameters(), lr, max_angle=math.radians(args.max_angle))
+    schedule = warmup_then_linear(optimizer, args.steps)
+    scored = targets != IGNORE
+    row_of = (scored.flatten().cumsum(0) - 1).view_as(scored)  # position -> row of the record
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(len(tokens), generator=generator)
+                       for _ in range(1 + args.steps * args.batch // len(tokens))])
+    seen = collections.defaultdict(list)
+    W = model.embedding.weight
+    model.train()
+    bar = tqdm(range(args.steps), f"Stage 1: {method}, seed {seed}", disable=None)
+    for step, batch in zip(bar, order.split(args.batch)):
+        if step % max(1, args.steps // 10) == 0:
+            seen["outside_mass"].append([step, probe(model)])
+        start = clock(device)
+        mask = scored[batch]
+        hidden = model(tokens[batch].to(device))[mask.to(device)]
+        y = targets[batch][mask].to(device)
+        rows = record.select(row_of[batch][mask].to(device)) if loss_name == "replay" else None
+        before_head = clock(device)
+        h = hidden.detach().requires_grad_()  # cut here, so that the head can be timed; the gradient is the same
+        if loss_name == "replay":
+            loss = linear_replay_cross_entropy(h, W, y, rows)
+        else:
+            loss = F.linear_cross_entropy(h, W, y)
+        optimizer.zero_grad()
+        loss.backward()
+        after_head = clock(device)
+        hidden.backward(h.grad)
+        optimizer.step()
+        schedule.step()
+        seen["step_ms"].append(1e3 * (clock(device) - start))
+        seen["head_ms"].append(1e3 * (after_head - before_head))
+        if optimizer_name == "moclip":
+            seen["angle"].append(optimizer.last_angle)
+            seen["clipped"].append(optimizer.last_clipped)
+    seen["outside_mass"].append([args.steps, probe(model)])
+    moclip = optimizer_name == "moclip"
+    return {"lr": lr, "step_ms": statistics.median(seen["step_ms"]), "head_ms": statistics.median(seen["head_ms"]),
+            "outside_mass_start": seen["outside_mass"][0][1], "outside_mass_end": seen["outside_mass"][-1][1],
+            "outside_mass_log": seen["outside_mass"], "train_nll_last": loss.item(),
+            "angle_mean_deg": math.degrees(torch.stack(seen["angle"]).mean()) if moclip else None,
+            "clip_fraction": torch.stack(seen["clipped"]).float().mean().item() if moclip else None}
+
+
+# ---------------------------------------------------------------------------------------------- 8. evaluation
+
+@torch.no_grad()
+def nll(model, tokens, targets, device):
+    """Mean nats per scored token under the full softmax."""
+    model.eval()
+    total = 0.0
+    for x, y in zip(tokens.split(64), targets.split(64)):
+        scored = y != IGNORE
+        h = model(x.to(device))[scored.to(device)]
+        total += F.linear_cross_entropy(h, model.embedding.weight, y[scored].to(device), reduction="sum").item()
+    return total / (targets != IGNORE).sum().item()
+
+
+@torch.no_grad()
+def generate(model, tokenizer, questions, device):
+    """The SQL that the model writes for each question: greedy, full softmax, questions of equal length together."""
+    model.eval()
+    prompts = [tokenizer.encode(prompt(q)) for q in questions]
+    answers = [""] * len(prompts)
+    by_length = collections.defaultdict(list)
+    for i, p in enumerate(prompts):
+        by_length[len(p)].append(i)
+    for length, members in tqdm(sorted(by_length.items()), "generating SQL", disable=None, leave=False):
+        past = [[] for _ in range(LAYERS)]
+        new, out = torch.tensor([prompts[i] for i in members], device=device), []
+        for _ in range(CONTEXT - length):
+            new = (model(new, past)[:, -1] @ model.embedding.weight.T).argmax(-1, keepdim=True)
+            out.append(new)
+            if (torch.cat(out, 1) == tokenizer.end).any(1).all():
+                break
+        for i, ids in zip(members, torch.cat(out, 1).tolist()):
+            answers[i] = tokenizer.decode(ids[:ids.index(tokenizer.end)] if tokenizer.end in ids else ids).strip()
+    return answers
+
+
+def evaluate(model, tokenizer, database, test, domain, general, device):
+    answers = generate(model, tokenizer, [q for q, _ in test], device)
+    right = sum(database.agrees(answer, gold) for answer, (_, gold) in zip(answers, test))
+    return {"domain_nll": nll(model, *domain, device), "domain_accuracy": right / len(test),
+            "general_nll": nll(model, *general, device), "samples": answers[::len(answers) // 3][:3]}
+
+
+# ---------------------------------------------------------------------------------------------- 9. the run
+
+def print_table(base, runs, methods):
+    print(f"\n{'':15}{'domain':>10}{'domain':>12}{'general':>12}{'':>13}{'ms a':>7}{'ms in':>7}{'Stage 0':>9}{'tokens':>8}"
+          f"{'outside mass':>17}{'angle':>7}{'clipped':>9}")
+    print(f"{'method':15}{'accuracy':>10}{'NLL':>12}{'NLL':>12}{'forgetting':>13}{'step':>7}{'head':>7}{'s':>9}{'a row':>8}"
+          f"{'start -> end':>17}{'deg':>7}{'%':>9}")
+    print(f"{'base':15}{base['domain_accuracy']:10.1%}{base['domain_nll']:12.3f}{base['general_nll']:12.3f}")
+    for method in methods:
+        mine = [run for run in runs if run["method"] == method]
+        column = lambda key: [run[key] for run in mine]
+        mean = lambda key: statistics.mean(column(key))
+        spread = lambda key, form: f"{mean(key):{form}}" + (f"±{statistics.stdev(column(key)):{form}}" if len(mine) > 1 else "")
+        angle = (f"{mean('angle_mean_deg'):7.0f}{mean('clip_fraction'):9.0%}" if "moclip" in method else f"{'-':>7}{'-':>9}")
+        print(f"{method:15}{spread('domain_accuracy', '.1%'):>10}{spread('domain_nll', '.3f'):>12}"
+              f"{spread('general_nll', '.3f'):>12}{spread('forgetting', '.3f'):>13}{mean('step_ms'):7.0f}{mean('head_ms'):7.0f}"
+              f"{mean('stage0_s'):9.1f}{mean('subset_size_mean'):8.0f}"
+              f"{mean('outside_mass_start'):9.4f} ->{mean('outside_mass_end'):6.4f}{angle}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else
+                        "mps" if torch.backends.mps.is_available() else "cpu")
+    parser.add_argument("--tau", type=float, default=0.99, help="coverage of the recorded subsets, in (0, 1]")
+    parser.add_argument("--max-angle", type=float, default=90, help="MoClip's cap, in degrees")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=150, help="fine-tuning steps of 32 examples")
+    parser.add_argument("--lr", type=float, help="learning rate for all methods (default: each method's tuned one)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the cache and of results.json")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: tiny base, few steps, one seed")
+    args = parser.parse_args()
+    args.batch, args.per_form, base_settings = 32, 120, BASE
+    if args.quick:
+        args.steps, args.seeds, args.per_form, args.out, base_settings = 5, [0], 24, args.out / "quick", QUICK_BASE
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device(args.device)
+
+    # data: documents into train and held out, questions likewise
+    rng = random.Random(base_settings["seed"])
+    documents = general_documents()
+    names = sorted(documents)
+    rng.shuffle(names)
+    general_train = "\n\n".join(documents[name] for name in names[len(names) // 20:])
+    general_test = "\n\n".join(documents[name] for name in names[:len(names) // 20])
+    counts = collections.Counter(re.findall(r"\b[a-z]{4,9}\b", general_train))
+    words = sorted({w for w, n in counts.items() if n > 50} | set(re.findall(r"[A-Za-z]{2,}", f"{TELECOM} {SPOKEN}")))
+    schemas = [random_schema(rng, words) for _ in range(base_settings["schemas"])]
+    other_sql = [ask(rng, rng.choice(list(FORMS)), rng.choice(schemas), {}) for _ in range(base_settings["sql_examples"])]
+    database = Database(rng)
+    train, test = domain_split(rng, database, args.per_form)
+    tokenizer = Tokenizer(general_train + "".join(prompt(q) + " " + sql for q, sql in other_sql), V)
+    streams = [torch.tensor(tokenizer.encode(general_train)),
+               torch.tensor([i for q, sql in other_sql for i in tokenizer.encode(f"{prompt(q)} {sql}") + [tokenizer.end]])]
+    held_out = torch.tensor(tokenizer.encode(general_test)).unfold(0, CONTEXT + 1, CONTEXT)[:200]
+    general = held_out[:, :-1], held_out[:, 1:]
+    domain_train, domain_test = encode_domain(tokenizer, train), encode_domain(tokenizer, test)
+    print(f"general: {len(documents)} documents, {len(streams[0]):,} training tokens; SQL over other schemas: "
+          f"{len(streams[1]):,} tokens; domain: {len(train)} questions, {len(test)} held out")
+
+    # the base model, from the cache if everything that shaped it is unchanged
+    key = digest(base_settings, V, WIDTH, LAYERS, HEADS, CONTEXT, torch.__version__, general_train, other_sql,
+                 *map(inspect.getsource, (Tokenizer, Block, Model, batches, warmup_then_linear, pretrain)))
+    path = args.out / f"base-{key}.pt"
+    if not path.exists():
+        state = pretrain(streams, base_settings, device)
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
+    state = torch.load(path, weights_only=True)
+
+    def fresh():
+        model = Model().to(device)
+        model.load_state_dict(state)
+        return model
+
+    base = evaluate(fresh(), tokenizer, database, test, domain_test, general, device)
+    base["key"], base["parameters"] = key, sum(p.numel() for p in fresh().parameters())
+
+    # Stage 0
+    start = clock(device)
+    record = stage0(fresh(), *domain_train, args.tau, device)
+    stage0_s = clock(device) - start
+    sizes = record.subset_sizes.float()
+    size = sum(x.nbytes for x in (record.token_ids, record.offsets, record.outside_mass)) / len(record)
+    print(f"Stage 0: {len(record):,} positions in {stage0_s:.1f} s; subsets of mean {sizes.mean():.0f}, median "
+          f"{sizes.median():.0f} tokens at tau = {args.tau}; {size:.0f} bytes a position, dense float32 logits {4 * V}")
+    x, y = (part[:16].to(device) for part in domain_train)
+    probe_record = record.select(torch.arange(int((y != IGNORE).sum())))
+
+    @torch.no_grad()
+    def probe(model):
+        return outside_mass(model(x)[y != IGNORE] @ model.embedding.weight.T, probe_record).mean().item()
+
+    # Stage 1: every finished run is kept in a file of its own and taken from there the next time
+    sources = [Path(__file__).with_name(name).read_text() for name in ("train_small.py", "logits_replay.py", "moclip.py")]
+    config = {"device": str(device), "tau": args.tau, "max_angle": args.max_angle, "steps": args.steps, "batch": args.batch,
+              "lr": args.lr, "per_form": args.per_form, "base": base_settings, "torch": torch.__version__,
+              "python": platform.python_version(), "threads": torch.get_num_threads()}
+    runs = []
+    for seed in args.seeds:
+        for method in args.methods:
+            path = args.out / f"run-{digest(config, key, sources, method, seed)}.json"
+            if not path.exists():
+                model = fresh()
+                run = {"method": method, "seed": seed, **finetune(model, method, domain_train, record, probe, args, seed, device)}
+                run |= evaluate(model, tokenizer, database, test, domain_test, general, device)
+                replay = method.startswith("replay")
+                run |= {"forgetting": run["general_nll"] - base["general_nll"], "stage0_s": stage0_s if replay else 0.0,
+                        "subset_size_mean": sizes.mean().item() if replay else V, "record_bytes_per_position": size}
+                write_atomically(path, lambda temporary: temporary.write_text(json.dumps(run, indent=1)))
+            runs.append(json.loads(path.read_text()))
+            results = json.dumps({"config": config, "base": base, "runs": runs}, indent=1)
+            write_atomically(args.out / "results.json", lambda temporary: temporary.write_text(results))
+
+    print_table(base, runs, args.methods)
+    for i, (question, gold) in enumerate(test[::len(test) // 3][:3]):
+        print(f"\n{question}?\n  {'gold':14}{gold}\n  {'base':14}{base['samples'][i][:100]}")
+        for run in runs[:len(args.methods)]:
+            print(f"  {run['method']:14}{run['samples'][i][:100]}")
+
+
+if __name__ == "__main__":
+    main()
