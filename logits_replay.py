@@ -34,15 +34,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+with warnings.catch_warnings():  # torch warns once that CSR tensors are in beta: here that is known
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
 DTYPES = {"token_ids": torch.int32, "offsets": torch.int64, "outside_mass": torch.float32}
-
-
-def _ranges(starts: Tensor, sizes: Tensor) -> Tensor:
-    """The indices of the ranges [starts_t, starts_t + sizes_t), one range after the other."""
-    shift = starts - (sizes.cumsum(0) - sizes)
-    return shift.repeat_interleave(sizes) + torch.arange(int(sizes.sum()), device=sizes.device)
 
 
 def _require(ok: Tensor, message: str) -> None:
@@ -51,9 +47,14 @@ def _require(ok: Tensor, message: str) -> None:
         raise ValueError(f"{message} (row {int((~ok).nonzero()[0])})")
 
 
-def _finite_rows(x: Tensor) -> Tensor:
-    ok = x.sum(-1).isfinite()  # one fast pass; a sum can overflow though its terms are finite, so look closer there
-    return ok.index_put((~ok,), x[~ok].isfinite().all(-1))
+def _offsets(sizes: Tensor) -> Tensor:
+    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+
+
+def _ranges(starts: Tensor, sizes: Tensor) -> Tensor:
+    """The indices of the ranges [starts_t, starts_t + sizes_t), one range after the other."""
+    offsets = _offsets(sizes)
+    return (starts - offsets[:-1]).repeat_interleave(sizes) + torch.arange(int(offsets[-1]), device=sizes.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,9 +84,9 @@ class ReplayRecord:
 
     def __post_init__(self):
         for name, dtype in DTYPES.items():
-            if getattr(self, name).dtype != dtype or getattr(self, name).dim() != 1:
-                raise ValueError(f"{name} must be one-dimensional {dtype}, got {getattr(self, name).dtype} "
-                                 f"of shape {tuple(getattr(self, name).shape)}")
+            x = getattr(self, name)
+            if x.dtype != dtype or x.dim() != 1:
+                raise ValueError(f"{name} must be one-dimensional {dtype}, got {x.dtype} of shape {tuple(x.shape)}")
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau must lie in (0, 1], got {self.tau}")
         if not 0 < self.vocab_size < 2**31:
@@ -93,25 +94,28 @@ class ReplayRecord:
         ids, offsets, rho = self.token_ids, self.offsets, self.outside_mass
         if len(offsets) != len(rho) + 1 or offsets[0] != 0 or offsets[-1] != len(ids):
             raise ValueError(f"offsets must hold {len(rho) + 1} entries from 0 to {len(ids)}")
-        _require(self.subset_sizes >= 0, "offsets must never decrease")
+        _require(offsets.diff() >= 0, "offsets must never decrease")
         _require((rho >= 0) & (rho <= 1), "outside_mass must lie in [0, 1]")
-        if len(ids):
-            if ids.amin() < 0 or ids.amax() >= self.vocab_size:
-                raise ValueError(f"token_ids must lie in [0, {self.vocab_size})")
-            ascending = ids[1:] > ids[:-1]
-            starts = offsets[1:-1]  # where a new row starts, the order starts anew
-            ascending[starts[(starts > 0) & (starts < len(ids))] - 1] = True
-            if not ascending.all():
-                row = int(torch.searchsorted(offsets, (~ascending).nonzero()[0, 0], right=True)) - 1
-                raise ValueError(f"token_ids must be ascending without duplicates (row {row})")
+        if len(ids) and not 0 <= int(ids.amin()) <= int(ids.amax()) < self.vocab_size:
+            raise ValueError(f"token_ids must lie in [0, {self.vocab_size})")
+        ascending = torch.cat([ids.new_ones(1, dtype=torch.bool), ids[1:] > ids[:-1], ids.new_ones(1, dtype=torch.bool)])
+        ascending[offsets] = True  # the order starts anew where a row does
+        if not ascending.all():
+            row = int(torch.searchsorted(offsets, (~ascending).nonzero()[0], right=True)) - 1
+            raise ValueError(f"token_ids must be ascending without duplicates (row {row})")
 
     def __len__(self) -> int:
         return len(self.outside_mass)
 
     @property
     def subset_sizes(self) -> Tensor:
-        """|S_t| as (N,) int64."""
+        """|S_t|, (N,) int64."""
         return self.offsets.diff()
+
+    @property
+    def rows(self) -> Tensor:
+        """The row t of every recorded token, (nnz,) int64."""
+        return torch.arange(len(self), device=self.offsets.device).repeat_interleave(self.subset_sizes)
 
     def select(self, positions) -> "ReplayRecord":
         """The rows at `positions` (integers in [0, N)), in the order asked for, repeats allowed."""
@@ -178,12 +182,8 @@ class ReplayRecord:
                 raise ValueError(f"{path} is not a complete, undamaged record: {error}") from error
 
 
-def _offsets(sizes: Tensor) -> Tensor:
-    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-
-
-def _check_target(target: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
-    """Flat int64 targets; ValueError for one that is neither a token nor ignore_index."""
+def _flat_target(target: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
+    """(N,) int64; ValueError for an entry that is neither a token nor ignore_index."""
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise ValueError(f"target must hold integers, got {target.dtype}")
     target = target.flatten().long()
@@ -192,17 +192,25 @@ def _check_target(target: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
     return target
 
 
-def _check_logits(logits: Tensor, target: Tensor) -> Tensor:
-    """Flat (N, V) logits; ValueError if they are not finite or do not fit the target."""
-    if not logits.is_floating_point() or logits.shape[:-1] != target.shape:
-        raise ValueError(f"logits must be floating point of shape (..., V) for target of shape (...), got {logits.dtype} "
-                         f"{tuple(logits.shape)} for {tuple(target.shape)}")
-    return _check_finite(logits.reshape(-1, logits.shape[-1]))
-
-
-def _check_finite(logits: Tensor) -> Tensor:
-    _require(_finite_rows(logits.detach()), "logits must be finite")
+def _flat_logits(logits: Tensor) -> Tensor:
+    """(N, V); ValueError for a row that is not finite."""
+    if not logits.is_floating_point() or logits.dim() == 0:
+        raise ValueError(f"logits must be floating point of shape (..., V), got {logits.dtype} {tuple(logits.shape)}")
+    logits = logits.reshape(-1, logits.shape[-1])
+    ok = logits.detach().sum(-1).isfinite()  # fast; but finite terms can have an infinite sum, so look closer there
+    _require(ok.index_put((~ok,), logits[~ok].isfinite().all(-1)), "logits must be finite")
     return logits
+
+
+def _check_fit(name: str, N: int, V: int, record: ReplayRecord) -> None:
+    if (N, V) != (len(record), record.vocab_size):
+        raise ValueError(f"{name} of N = {N} positions and V = {V} tokens does not fit the record "
+                         f"of N = {len(record)} and V = {record.vocab_size}")
+
+
+def _check_shapes(name: str, leading, target: Tensor) -> None:
+    if tuple(leading) != tuple(target.shape):
+        raise ValueError(f"{name} of leading shape {tuple(leading)} does not fit target of shape {tuple(target.shape)}")
 
 
 def _wide_dtype(*tensors: Tensor) -> torch.dtype:
@@ -233,9 +241,10 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
         raise ValueError(f"tau must lie in (0, 1], got {tau}")
     if max_size is not None and max_size < 1:
         raise ValueError(f"max_size must be at least 1, got {max_size}")
-    logits = _check_logits(logits, target)
+    _check_shapes("logits", logits.shape[:-1], target)
+    logits = _flat_logits(logits)
     (N, V), device = logits.shape, logits.device
-    target = _check_target(target, V, ignore_index)
+    target = _flat_target(target, V, ignore_index)
     if device.type == "mps":  # it has no float64 for the running sum
         return record_topk(logits.cpu(), target.cpu(), tau, max_size=max_size, ignore_index=ignore_index).to(device)
     limit = min(max_size or V, V)
@@ -243,9 +252,16 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
     p = (logits if len(rows) == N else logits[rows]).softmax(-1, dtype=_wide_dtype(logits))
     sizes = torch.zeros(N, dtype=torch.int64, device=device)
     rho = torch.zeros(N, device=device)
-    done, k = [], 64
+    done, k = [], min(V, max(64, 0 if max_size is None else limit + 1))
     while len(rows):
-        k, y = min(k, V), target[rows, None]
+        if max_size is None and p.dtype == torch.float32 and done:  # wide rows, the usual case
+            for rows, p in zip(rows.split(2**21 // V + 1), p.split(2**21 // V + 1)):  # that stay in the cache
+                S = _cover(p, tau)
+                S[torch.arange(len(rows), device=device), target[rows]] = True
+                sizes[rows], rho[rows] = S.sum(-1), p.masked_fill(S, 0).sum(-1)
+                done.append((rows, S.nonzero()[:, 1]))
+            break
+        y = target[rows, None]
         top, ids = _most_probable(p, k)
         # K_t = min {K : p_(1) + ... + p_(K) >= tau}; k + 1 means "not among these k"
         K = (1 + (top.cumsum(-1, dtype=torch.float64) < tau).sum(-1, keepdim=True)).clamp(max=limit)
@@ -262,7 +278,7 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
         # rho_t = sum of p_j over j not in S_t: summing what is outside keeps the digits of a small rho
         p[torch.arange(len(rows), device=device).repeat_interleave(sizes[rows]), S[S < V]] = 0
         rho[rows] = p.sum(-1).float().clamp(max=1)
-        rows, p, k = rows[~decided[:, 0]], p[~decided[:, 0]], 16 * k
+        rows, p, k = rows[~decided[:, 0]], p[~decided[:, 0]], V
     offsets = _offsets(sizes)
     token_ids = torch.empty(int(offsets[-1]), dtype=torch.int32, device=device)
     for rows, ids in done:
@@ -279,6 +295,25 @@ def _most_probable(p: Tensor, k: int):
     return top, ids.gather(-1, order)
 
 
+def _cover(p: Tensor, tau: float) -> Tensor:
+    """(n, V) bool, the top-K_t tokens of float32 rows: a histogram finds the bin in which tau is reached, only that is sorted."""
+    # the upper 16 bits of a non-negative float order it as the float does: bin 0 is p = 1, each octave has 128 bins
+    bins = 16256 - (p.view(torch.int32) >> 16).long()
+    mass = p.new_zeros(len(p), 16258, dtype=torch.float64).scatter_add_(1, bins + 1, p.double()).cumsum(-1)
+    reached = (mass[:, 1:] < tau).sum(-1, keepdim=True)
+    covered, inside = bins < reached, bins == reached
+    row, token = inside.nonzero(as_tuple=True)
+    # the tokens of that bin, a row each, padded with -1 and ranked
+    column = (inside.cumsum(-1) - 1)[row, token]
+    candidates = p.new_full((len(p), int(inside.sum(-1).max())), -1.0)
+    candidates[row, column] = p[row, token]
+    top, order = candidates.sort(dim=-1, descending=True, stable=True)
+    before = mass.gather(1, reached) + torch.nn.functional.pad(top.cumsum(-1, dtype=torch.float64), (1, 0))[:, :-1]
+    needed = torch.zeros_like(candidates, dtype=torch.bool).scatter_(1, order, (before < tau) & (top >= 0))
+    covered[row, token] = needed[row, column]
+    return covered
+
+
 def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:
     """The probability outside each recorded subset, under any model's logits: what the replay loss does not see.
 
@@ -292,30 +327,19 @@ def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:
     >>> outside_mass(torch.tensor([[0.0, 0.0, 0.0, 100.0]]), record)     # the model moved: all mass is outside now
     tensor([1.])
     """
-    flat = logits.reshape(-1, logits.shape[-1])
+    flat = _flat_logits(logits)
     _check_fit("logits", *flat.shape, record)
-    p = _check_finite(flat).softmax(-1, dtype=_wide_dtype(flat))
-    inside = (_rows(record), record.token_ids.long())
+    p = flat.softmax(-1, dtype=_wide_dtype(flat))
+    inside = (record.rows, record.token_ids.long())
     return p.index_put(inside, p.new_zeros(())).sum(-1).clamp(max=1) * (record.subset_sizes > 0)
-
-
-def _rows(record: ReplayRecord) -> Tensor:
-    """(nnz,) the row t of every recorded token."""
-    return torch.arange(len(record), device=record.offsets.device).repeat_interleave(record.subset_sizes)
-
-
-def _check_fit(name: str, N: int, V: int, record: ReplayRecord) -> None:
-    if (N, V) != (len(record), record.vocab_size):
-        raise ValueError(f"{name} of N = {N} positions and V = {V} tokens does not fit the record "
-                         f"of N = {len(record)} and V = {record.vocab_size}")
 
 
 def _replay_nll(z: Tensor, target: Tensor, record: ReplayRecord, ignore_index: int, reduction: str) -> Tensor:
     """-log(exp z_y / sum over S_t of exp z_j) from z (nnz,), the logits of the recorded tokens, row after row."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    shape, target = target.shape, _check_target(target, record.vocab_size, ignore_index)
-    rows, zeros = _rows(record), z.new_zeros(len(record))
+    shape, target = target.shape, _flat_target(target, record.vocab_size, ignore_index)
+    rows, zeros = record.rows, z.new_zeros(len(record))
     counted, is_gold = target != ignore_index, record.token_ids == target[rows]
     has_gold = zeros.index_add(0, rows, is_gold.to(z.dtype)) > 0
     _require(has_gold | ~counted, "target must be in its recorded row: is this the record of this batch?")
@@ -346,9 +370,10 @@ def replay_cross_entropy(logits: Tensor, target: Tensor, record: ReplayRecord, *
     >>> replay_cross_entropy(logits, target, record)                     # log(1 + exp(-1))
     tensor(0.3133)
     """
-    flat = _check_logits(logits, target)
+    _check_shapes("logits", logits.shape[:-1], target)
+    flat = _flat_logits(logits)
     _check_fit("logits", *flat.shape, record)
-    z = flat[_rows(record), record.token_ids.long()].to(_wide_dtype(flat))
+    z = flat[record.rows, record.token_ids.long()].to(_wide_dtype(flat))
     return _replay_nll(z, target, record, ignore_index, reduction)
 
 
@@ -401,12 +426,12 @@ def linear_replay_cross_entropy(input: Tensor, linear_weight: Tensor, target: Te
     >>> torch.allclose(loss, replay_cross_entropy(h @ W.T, y, record))
     True
     """
-    if linear_weight.dim() != 2 or input.shape[-1:] != linear_weight.shape[1:] or input.shape[:-1] != target.shape:
-        raise ValueError(f"input (..., d), linear_weight (V, d) and target (...) do not fit: {tuple(input.shape)}, "
-                         f"{tuple(linear_weight.shape)}, {tuple(target.shape)}")
+    _check_shapes("input", input.shape[:-1], target)
+    if linear_weight.dim() != 2 or input.shape[-1:] != linear_weight.shape[1:]:
+        raise ValueError(f"linear_weight must have shape (V, {input.shape[-1]}), got {tuple(linear_weight.shape)}")
     if linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]:
         raise ValueError(f"linear_bias must have shape ({len(linear_weight)},), got {tuple(linear_bias.shape)}")
-    dtype, rows, ids = _wide_dtype(input, linear_weight), _rows(record), record.token_ids
+    dtype, rows, ids = _wide_dtype(input, linear_weight), record.rows, record.token_ids
     h, W = input.reshape(-1, input.shape[-1]).to(dtype), linear_weight.to(dtype)
     _check_fit("input @ linear_weight.T", len(h), len(W), record)
     if h.device.type in ("cpu", "cuda"):  # where sampled_addmm exists

@@ -29,23 +29,26 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def _norm(pieces) -> Tensor:
-    """Euclidean norm of one vector given in pieces, in float64, where no square of a float32 over- or underflows."""
-    dtype = torch.float32 if pieces[0].device.type == "mps" else torch.float64  # MPS has no float64
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(piece, dtype=dtype) for piece in pieces]))
+def _square_sum(tensors) -> Tensor:
+    """|x|^2 of one vector given in pieces, row by row: over 10^8 entries at once, torch's float32 norm is off by a percent."""
+    total = sum(torch.linalg.vector_norm(x, dim=-1).square_().sum() if x.dim() else x * x for x in tensors)
+    return total if total.device.type == "mps" else total.double()  # MPS has no float64
 
 
-def _nonzero(norm: Tensor) -> Tensor:
-    return torch.where(norm > 0, norm, 1)  # as a divisor: a zero vector divided by it stays zero
+def _unit(vector: Tensor, norm: Tensor) -> Tensor:
+    return vector / torch.where(norm > 0, norm, 1)  # a zero vector stays zero
 
 
 def _angle(us, vs):
     """(theta, |u|, |v|) of two vectors given in pieces: lists of tensors of pairwise equal shapes."""
-    norm_u, norm_v = _norm(us), _norm(vs)
+    norm_u, norm_v = _square_sum(us).sqrt(), _square_sum(vs).sqrt()
+    minus = plus = 0
+    for u, v in zip(us, vs):
+        u, v = _unit(u, norm_u), _unit(v, norm_v)
+        minus, plus = minus + _square_sum([u - v]), plus + _square_sum([u.add_(v)])
     # theta = 2 atan2(|u/|u| - v/|v||, |u/|u| + v/|v||)                       (Kahan 2006, section 12)
     # arccos(<u, v> / |u||v|) would lose half of the digits near 0 and near pi.
-    units = [(u / _nonzero(norm_u), v / _nonzero(norm_v)) for u, v in zip(us, vs)]
-    theta = 2 * torch.atan2(_norm([u - v for u, v in units]), _norm([u + v for u, v in units]))
+    theta = 2 * torch.atan2(minus.sqrt(), plus.sqrt())
     return torch.where((norm_u > 0) & (norm_v > 0), theta, 0), norm_u, norm_v
 
 
@@ -91,8 +94,10 @@ def angle_between(u: Tensor, v: Tensor) -> Tensor:
     45.0
     """
     _check_pair("u", u, "v", v)
-    theta, _, _ = _angle([_wide(u)], [_wide(v)])
-    return theta.to(torch.promote_types(_wide(u).dtype, _wide(v).dtype))
+    u, v = _wide(u), _wide(v)
+    # largest entries to 1 first: squares of 1e-30 or 1e30 do not exist in float32
+    theta, _, _ = _angle([_unit(u, u.abs().amax())], [_unit(v, v.abs().amax())])
+    return theta.to(torch.promote_types(u.dtype, v.dtype))
 
 
 def clip_angle(grad: Tensor, momentum: Tensor, max_angle: float) -> Tensor:
@@ -112,9 +117,11 @@ def clip_angle(grad: Tensor, momentum: Tensor, max_angle: float) -> Tensor:
     _check_pair("grad", grad, "momentum", momentum)
     _check_max_angle(max_angle)
     g, m = _wide(grad), _wide(momentum)
-    theta, norm_g, norm_m = _angle([g], [m])
+    largest = g.abs().amax()
+    m = _unit(m, m.abs().amax())
+    theta, norm_g, norm_m = _angle([_unit(g, largest)], [m])
     A, B, _, _ = _rotation(theta, max_angle, torch.finfo(g.dtype).eps)
-    return torch.addcmul(A * g, m / _nonzero(norm_m), B * norm_g).to(grad.dtype)
+    return (A * g).add_(_unit(m, norm_m).mul_(B * norm_g * largest)).to(grad.dtype)
 
 
 class MoClip(torch.optim.Optimizer):
@@ -223,14 +230,14 @@ class MoClip(torch.optim.Optimizer):
             state, v = self.state[p], self.state[p]["exp_avg_sq"]
             state["step"] += 1
             # g~ = A g + B |g| m/|m|; unclipped A = 1 and B = 0, so g passes unchanged to the last bit
-            g = torch.addcmul(A * g, m / _nonzero(norm_m), B * norm_g)
-            # m = beta1 m + (1 - beta1) g~, after a restart at zero where the plane of the rotation is undefined
-            m.mul_(~antiparallel).lerp_(g, 1 - beta1)
+            g = (A * g).add_(_unit(m, norm_m).mul_(B * norm_g))
+            # m = beta1 m + (1 - beta1) g~, from m = 0 where the plane of the rotation is undefined
+            m.mul_(torch.where(antiparallel, 0.0, beta1)).add_(g, alpha=1 - beta1)
             # v = beta2 v + (1 - beta2) g~^2
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            # w = w - lr (weight_decay w + a atan2(m / (1 - beta1^t), b sqrt(v / (1 - beta2^t))))
+            # w = (1 - lr weight_decay) w - lr a atan2(m / (1 - beta1^t), b sqrt(v / (1 - beta2^t)))
             t = state["step"].double()  # in float32, 1 - 0.999^t would lose four digits
-            update = torch.atan2(m / (1 - beta1**t), (v / (1 - beta2**t)).sqrt_().mul_(b)).mul_(lr * a)
+            update = torch.atan2(m / (1 - beta1**t), torch.sqrt(v / (1 - beta2**t)).mul_(b)).mul_(lr * a)
             if group["weight_decay"]:
                 update += lr * group["weight_decay"] * p
             p -= update

@@ -29,6 +29,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +39,10 @@ from tqdm import tqdm
 from logits_replay import ReplayRecord, linear_replay_cross_entropy, outside_mass, record_topk
 from moclip import MoClip
 
-V, WIDTH, LAYERS, HEADS, CONTEXT = 8192, 192, 3, 6, 112
+V, WIDTH, LAYERS, HEADS, CONTEXT = 8192, 192, 2, 6, 80
 IGNORE = -100
-BASE = dict(steps=700, batch=32, window=64, lr=2e-3, seed=0, schemas=400, sql_examples=12000)
-QUICK_BASE = dict(BASE, steps=25, sql_examples=2000)
+BASE = dict(steps=700, batch=24, lr=3e-3, seed=0, schemas=400, sql_examples=12000)
+QUICK_BASE = dict(BASE, steps=60, batch=8, sql_examples=2000)
 METHODS = ("full+adamw", "full+moclip", "replay+adamw", "replay+moclip")
 LR = {"full+adamw": 3e-4, "full+moclip": 3e-4, "replay+adamw": 3e-4, "replay+moclip": 3e-4}
 
@@ -93,64 +94,42 @@ SPOKEN = {"site": ["sites", "towers", "locations"], "cell": ["cells", "sectors",
           "power": ["power", "output"], "users": ["users", "load"], "kind": ["kind", "type", "category"],
           "severity": ["severity", "level"], "hours": ["hours", "duration"], "cost": ["cost", "price"]}
 
-# {t} table, {i} its name column, {c} {v} {e} {w} text columns with a value each, {n} {m} number columns, {x} {y} numbers,
-# {k} a small count; {o} an operator, {g} an aggregate, {s} a sort order. Upper case: the same, as people say it.
-FORMS = {
-    "count": (["how many {T} are there", "count all {T}", "what is the number of {T}", "give the total count of {T}",
-               "tell me how many {T} we have", "how many {T} do we run", "number of {T} please"],
-              "SELECT COUNT(*) FROM {t}"),
-    "count where": (["how many {T} have {C} {v}", "count the {T} whose {C} is {v}"],
-                    "SELECT COUNT(*) FROM {t} WHERE {c} = '{v}'"),
-    "count compare": (["how many {T} have {N} {O} {x}", "count {T} with a {N} {O} {x}"],
-                      "SELECT COUNT(*) FROM {t} WHERE {n} {o} {x}"),
-    "list where": (["which {T} have {C} {v}", "list {T} where the {C} is {v}"],
-                   "SELECT {i} FROM {t} WHERE {c} = '{v}'"),
-    "list not": (["which {T} have a {C} other than {v}", "list {T} whose {C} is not {v}"],
-                 "SELECT {i} FROM {t} WHERE {c} != '{v}'"),
-    "list compare": (["which {T} have {N} {O} {x}", "show {T} with {N} {O} {x}"],
-                     "SELECT {i} FROM {t} WHERE {n} {o} {x}"),
-    "list between": (["which {T} have {N} between {x} and {y}", "list {T} with {N} from {x} to {y}"],
-                     "SELECT {i} FROM {t} WHERE {n} BETWEEN {x} AND {y}"),
-    "list and": (["which {T} with {C} {v} have {N} {O} {x}", "list {T} where {C} is {v} and {N} is {O} {x}"],
-                 "SELECT {i} FROM {t} WHERE {c} = '{v}' AND {n} {o} {x}"),
-    "list or": (["which {T} have {C} {v} or {N} {O} {x}", "show {T} that have {C} {v} or else {N} {O} {x}"],
-                "SELECT {i} FROM {t} WHERE {c} = '{v}' OR {n} {o} {x}"),
-    "column where": (["show the {N} of {T} with {C} {v}", "what {N} do {T} with {C} {v} have"],
-                     "SELECT {n} FROM {t} WHERE {c} = '{v}'"),
-    "aggregate": (["what is the {G} {N} of all {T}", "give the {G} {N} over {T}", "{G} {N} of {T}"],
-                  "SELECT {g}({n}) FROM {t}"),
-    "aggregate where": (["what is the {G} {N} of {T} with {C} {v}", "for {T} whose {C} is {v} give the {G} {N}"],
-                        "SELECT {g}({n}) FROM {t} WHERE {c} = '{v}'"),
-    "group count": (["how many {T} are there for each {C}", "count {T} per {C}", "number of {T} by {C}"],
-                    "SELECT {c}, COUNT(*) FROM {t} GROUP BY {c}"),
-    "group aggregate": (["what is the {G} {N} of {T} for each {C}", "{G} {N} of {T} per {C}"],
-                        "SELECT {c}, {g}({n}) FROM {t} GROUP BY {c}"),
-    "group having": (["which {C} values have more than {k} {T}", "list each {C} that has over {k} {T}"],
-                     "SELECT {c} FROM {t} GROUP BY {c} HAVING COUNT(*) > {k}"),
-    "top": (["which {k} {T} have the {S} {N}", "list the {k} {T} with the {S} {N}"],
-            "SELECT {i} FROM {t} ORDER BY {n} {s}, {i} LIMIT {k}"),
-    "top where": (["which {k} {T} with {C} {v} have the {S} {N}", "of {T} with {C} {v} list the {k} with the {S} {N}"],
-                  "SELECT {i} FROM {t} WHERE {c} = '{v}' ORDER BY {n} {s}, {i} LIMIT {k}"),
-    "distinct": (["which different {C} values do {T} with {N} {O} {x} have", "list every {C} of {T} with {N} {O} {x} once"],
-                 "SELECT DISTINCT {c} FROM {t} WHERE {n} {o} {x}"),
-    "above average": (["which {T} with {C} {v} are {O} the average {N}", "list {T} whose {C} is {v} and {N} {O} average"],
-                      "SELECT {i} FROM {t} WHERE {c} = '{v}' AND {n} {o} (SELECT AVG({n}) FROM {t})"),
-    "join count": (["how many {T} belong to {U} with {E} {w}", "count {T} at {U} whose {E} is {w}"],
-                   "SELECT COUNT(*) FROM {t} JOIN {u} ON {t}.{f} = {u}.{j} WHERE {u}.{e} = '{w}'"),
-    "join list": (["which {T} with {N} {O} {x} belong to {U} with {E} {w}", "list {T} at {U} whose {E} is {w} with {N} {O} {x}"],
-                  "SELECT {t}.{i} FROM {t} JOIN {u} ON {t}.{f} = {u}.{j} WHERE {u}.{e} = '{w}' AND {t}.{n} {o} {x}"),
-}
+# questions => SQL. {t} table, {i} its name column, {c} = {v} and {u}.{e} = {w} text columns with a value, {n} a number column,
+# {x} {y} numbers, {k} a small one, {o} an operator, {g} an aggregate, {s} a sort order. Upper case: the same as people say it.
+FORMS = """
+how many {T} are there | count all {T} | what is the number of {T} | give the total count of {T} | tell me how many {T} we have | how many {T} do we run | number of {T} please => SELECT COUNT(*) FROM {t}
+how many {T} have {C} '{v}' | count the {T} whose {C} is '{v}' => SELECT COUNT(*) FROM {t} WHERE {c} = '{v}'
+how many {T} have {N} {O} {x} | count {T} with a {N} {O} {x} => SELECT COUNT(*) FROM {t} WHERE {n} {o} {x}
+which {T} have {C} '{v}' | list {T} where the {C} is '{v}' => SELECT {i} FROM {t} WHERE {c} = '{v}'
+which {T} have a {C} other than '{v}' | list {T} whose {C} is not '{v}' => SELECT {i} FROM {t} WHERE {c} != '{v}'
+which {T} have {N} {O} {x} | show {T} with {N} {O} {x} => SELECT {i} FROM {t} WHERE {n} {o} {x}
+which {T} have {N} between {x} and {y} | list {T} with {N} from {x} to {y} => SELECT {i} FROM {t} WHERE {n} BETWEEN {x} AND {y}
+which {T} with {C} '{v}' have {N} {O} {x} | list {T} where {C} is '{v}' and {N} is {O} {x} => SELECT {i} FROM {t} WHERE {c} = '{v}' AND {n} {o} {x}
+which {T} have {C} '{v}' or {N} {O} {x} | show {T} that have {C} '{v}' or else {N} {O} {x} => SELECT {i} FROM {t} WHERE {c} = '{v}' OR {n} {o} {x}
+show the {N} of {T} with {C} '{v}' | what {N} do {T} with {C} '{v}' have => SELECT {n} FROM {t} WHERE {c} = '{v}'
+what is the {G} {N} of all {T} | give the {G} {N} over {T} | {G} {N} of {T} => SELECT {g}({n}) FROM {t}
+what is the {G} {N} of {T} with {C} '{v}' | for {T} whose {C} is '{v}' give the {G} {N} => SELECT {g}({n}) FROM {t} WHERE {c} = '{v}'
+how many {T} are there for each {C} | count {T} per {C} | number of {T} by {C} => SELECT {c}, COUNT(*) FROM {t} GROUP BY {c}
+what is the {G} {N} of {T} for each {C} | {G} {N} of {T} per {C} => SELECT {c}, {g}({n}) FROM {t} GROUP BY {c}
+which {C} values have more than {k} {T} | list each {C} that has over {k} {T} => SELECT {c} FROM {t} GROUP BY {c} HAVING COUNT(*) > {k}
+which {k} {T} have the {S} {N} | list the {k} {T} with the {S} {N} => SELECT {i} FROM {t} ORDER BY {n} {s}, {i} LIMIT {k}
+which {k} {T} with {C} '{v}' have the {S} {N} | of {T} with {C} '{v}' list the {k} with the {S} {N} => SELECT {i} FROM {t} WHERE {c} = '{v}' ORDER BY {n} {s}, {i} LIMIT {k}
+which different {C} values do {T} with {N} {O} {x} have | list every {C} of {T} with {N} {O} {x} once => SELECT DISTINCT {c} FROM {t} WHERE {n} {o} {x}
+which {T} with {C} '{v}' are {O} the average {N} | list {T} whose {C} is '{v}' and {N} {O} average => SELECT {i} FROM {t} WHERE {c} = '{v}' AND {n} {o} (SELECT AVG({n}) FROM {t})
+how many {T} belong to {U} with {E} '{w}' | count {T} at {U} whose {E} is '{w}' => SELECT COUNT(*) FROM {t} JOIN {u} ON {t}.{f} = {u}.{j} WHERE {u}.{e} = '{w}'
+which {T} with {N} {O} {x} belong to {U} with {E} '{w}' | list {T} at {U} whose {E} is '{w}' with {N} {O} {x} => SELECT {t}.{i} FROM {t} JOIN {u} ON {t}.{f} = {u}.{j} WHERE {u}.{e} = '{w}' AND {t}.{n} {o} {x}
+"""
+FORMS = {sql: questions.split(" | ") for questions, sql in (line.split(" => ") for line in FORMS.strip().splitlines())}
 OPERATORS = {">": ["above", "over", "greater than"], "<": ["below", "under", "less than"]}
 AGGREGATES = {"AVG": ["average", "mean"], "MAX": ["largest", "maximum"], "MIN": ["smallest", "minimum"], "SUM": ["total"]}
 ORDERS = {"DESC": ["highest", "largest"], "ASC": ["lowest", "smallest"]}
 
 
-def ask(rng, form, schema, spoken):
-    """One (question, SQL) pair of the form over the schema."""
+def ask(rng, sql, schema, spoken):
+    """One (question, SQL) pair of the form `sql` over the schema."""
     say = lambda name, words=spoken: rng.choice(words.get(name, [name]))
     joins = {t: next(((c, *v.split(".")) for c, v in columns.items() if isinstance(v, str)), None)
              for t, columns in schema.items()}
-    questions, sql = FORMS[form]
     t = rng.choice([t for t in schema if joins[t] or "{u}" not in sql])
     texts = lambda table: [c for c, v in list(schema[table].items())[1:] if isinstance(v, list)]
     numbers = [c for c, v in schema[t].items() if isinstance(v, range)]
@@ -161,7 +140,7 @@ def ask(rng, form, schema, spoken):
     slots = dict(t=t, i=next(iter(schema[t])), c=c, v=rng.choice(schema[t][c]), n=n, x=x, y=y, k=rng.randint(2, 9), o=o, g=g,
                  s=s, f=f, u=u, j=j, e=e, w=rng.choice(schema[u][e]), T=say(t), U=say(u), C=say(c), E=say(e), N=say(n),
                  O=say(o, OPERATORS), G=say(g, AGGREGATES), S=say(s, ORDERS))
-    return rng.choice(questions).format(**slots), sql.format(**slots)
+    return rng.choice(FORMS[sql]).format(**slots), sql.format(**slots)
 
 
 def random_schema(rng, words):
@@ -259,6 +238,13 @@ class Tokenizer:
 
 # ---------------------------------------------------------------------------------------------- 4. model
 
+def rotary(x, turn):
+    """Rotate the pairs (x_i, x_i+h) of every head by position x frequency, so that attention sees relative positions."""
+    a, b = x.chunk(2, -1)
+    cos, sin = turn
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -266,9 +252,10 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
 
-    def forward(self, x, past):
+    def forward(self, x, turn, past):
         B, T, _ = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        q, k = rotary(q, turn), rotary(k, turn)
         if past:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         if past is not None:
@@ -283,7 +270,7 @@ class Model(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embedding, self.position = nn.Embedding(V, WIDTH), nn.Embedding(CONTEXT, WIDTH)
+        self.embedding = nn.Embedding(V, WIDTH)
         self.blocks, self.norm = nn.ModuleList(Block() for _ in range(LAYERS)), nn.LayerNorm(WIDTH)
         for p in self.parameters():
             if p.dim() == 2:
@@ -292,9 +279,12 @@ class Model(nn.Module):
     def forward(self, tokens, past=None):
         """tokens (B, T) -> hidden (B, T, d). `past`: a list a layer, [] at first, that keeps keys and values."""
         start = past[0][0].shape[2] if past and past[0] else 0
-        x = self.embedding(tokens) + self.position.weight[start:start + tokens.shape[1]]
+        half = WIDTH // HEADS // 2
+        angle = torch.outer(torch.arange(start, start + tokens.shape[1], device=tokens.device),
+                            1e3 ** -(torch.arange(half, device=tokens.device) / half))
+        x, turn = self.embedding(tokens), (angle.cos(), angle.sin())
         for i, block in enumerate(self.blocks):
-            x = block(x, past[i] if past else None)
+            x = block(x, turn, past[i] if past else None)
         return self.norm(x)
 
 
@@ -303,7 +293,7 @@ class Model(nn.Module):
 def batches(streams, settings):
     """Batches (B, T + 1) of random windows, an equal share from each token stream."""
     generator = torch.Generator().manual_seed(settings["seed"])
-    share, span = settings["batch"] // len(streams), settings["window"] + 1
+    share, span = settings["batch"] // len(streams), CONTEXT + 1
     while True:
         yield torch.cat([stream.unfold(0, span, 1)[torch.randint(len(stream) - span, (share,), generator=generator)]
                          for stream in streams])
@@ -389,21 +379,25 @@ def finetune(model, method, data, record, probe, args, seed, device):
     schedule = warmup_then_linear(optimizer, args.steps)
     scored = targets != IGNORE
     row_of = (scored.flatten().cumsum(0) - 1).view_as(scored)  # position -> row of the record
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.cat([torch.randperm(len(tokens), generator=generator)
-                       for _ in range(1 + args.steps * args.batch // len(tokens))])
+    lengths = scored.shape[1] - scored.flip(1).int().argmax(1)
+    generator, order = torch.Generator().manual_seed(seed), []
+    while len(order) < args.steps:  # an epoch: shuffled, then alike in length within 8 batches, so that little is padding
+        chunks = torch.randperm(len(tokens), generator=generator).split(8 * args.batch)
+        epoch = torch.cat([chunk[lengths[chunk].argsort()] for chunk in chunks]).split(args.batch)
+        order += [epoch[i] for i in torch.randperm(len(epoch), generator=generator)]
     seen = collections.defaultdict(list)
     W = model.embedding.weight
     model.train()
     bar = tqdm(range(args.steps), f"Stage 1: {method}, seed {seed}", disable=None)
-    for step, batch in zip(bar, order.split(args.batch)):
+    for step, batch in zip(bar, order):
         if step % max(1, args.steps // 10) == 0:
             seen["outside_mass"].append([step, probe(model)])
         start = clock(device)
-        mask = scored[batch]
-        hidden = model(tokens[batch].to(device))[mask.to(device)]
-        y = targets[batch][mask].to(device)
-        rows = record.select(row_of[batch][mask].to(device)) if loss_name == "replay" else None
+        T = lengths[batch].max()
+        mask = scored[batch, :T]
+        hidden = model(tokens[batch, :T].to(device))[mask.to(device)]
+        y = targets[batch, :T][mask].to(device)
+        rows = record.select(row_of[batch, :T][mask].to(device)) if loss_name == "replay" else None
         before_head = clock(device)
         h = hidden.detach().requires_grad_()  # cut here, so that the head can be timed; the gradient is the same
         if loss_name == "replay":
@@ -466,31 +460,71 @@ def generate(model, tokenizer, questions, device):
     return answers
 
 
-def evaluate(model, tokenizer, database, test, domain, general, device):
-    answers = generate(model, tokenizer, [q for q, _ in test], device)
-    right = sum(database.agrees(answer, gold) for answer, (_, gold) in zip(answers, test))
-    return {"domain_nll": nll(model, *domain, device), "domain_accuracy": right / len(test),
-            "general_nll": nll(model, *general, device), "samples": answers[::len(answers) // 3][:3]}
+def evaluate(model, data, device):
+    answers = generate(model, data.tokenizer, [q for q, _ in data.test], device)
+    right = sum(data.database.agrees(answer, gold) for answer, (_, gold) in zip(answers, data.test))
+    return {"domain_nll": nll(model, *data.domain_test, device), "domain_accuracy": right / len(data.test),
+            "general_nll": nll(model, *data.general_test, device), "samples": [" ".join(answer.split())[:100] for answer in answers[::len(answers) // 3][:3]]}
 
 
 # ---------------------------------------------------------------------------------------------- 9. the run
 
-def print_table(base, runs, methods):
-    print(f"\n{'':15}{'domain':>10}{'domain':>12}{'general':>12}{'':>13}{'ms a':>7}{'ms in':>7}{'Stage 0':>9}{'tokens':>8}"
-          f"{'outside mass':>17}{'angle':>7}{'clipped':>9}")
-    print(f"{'method':15}{'accuracy':>10}{'NLL':>12}{'NLL':>12}{'forgetting':>13}{'step':>7}{'head':>7}{'s':>9}{'a row':>8}"
-          f"{'start -> end':>17}{'deg':>7}{'%':>9}")
-    print(f"{'base':15}{base['domain_accuracy']:10.1%}{base['domain_nll']:12.3f}{base['general_nll']:12.3f}")
-    for method in methods:
-        mine = [run for run in runs if run["method"] == method]
-        column = lambda key: [run[key] for run in mine]
-        mean = lambda key: statistics.mean(column(key))
-        spread = lambda key, form: f"{mean(key):{form}}" + (f"±{statistics.stdev(column(key)):{form}}" if len(mine) > 1 else "")
-        angle = (f"{mean('angle_mean_deg'):7.0f}{mean('clip_fraction'):9.0%}" if "moclip" in method else f"{'-':>7}{'-':>9}")
-        print(f"{method:15}{spread('domain_accuracy', '.1%'):>10}{spread('domain_nll', '.3f'):>12}"
-              f"{spread('general_nll', '.3f'):>12}{spread('forgetting', '.3f'):>13}{mean('step_ms'):7.0f}{mean('head_ms'):7.0f}"
-              f"{mean('stage0_s'):9.1f}{mean('subset_size_mean'):8.0f}"
-              f"{mean('outside_mass_start'):9.4f} ->{mean('outside_mass_end'):6.4f}{angle}")
+def prepare(settings, per_form):
+    """All data, split: documents and questions are either for training or held out, never both."""
+    rng = random.Random(settings["seed"])
+    documents = general_documents()
+    names = sorted(documents)
+    rng.shuffle(names)
+    held_out = len(names) // 20
+    general_test, general_train = ("\n\n".join(documents[n] for n in part) for part in (names[:held_out], names[held_out:]))
+    counts = collections.Counter(re.findall(r"\b[a-z]{4,9}\b", general_train))
+    words = sorted({w for w, _ in counts.most_common(100)} | set(re.findall(r"[A-Za-z]{3,}", f"{TELECOM} {SPOKEN}")))
+    schemas = [random_schema(rng, words) for _ in range(settings["schemas"])]
+    other = [ask(rng, rng.choice(list(FORMS)), rng.choice(schemas), {}) for _ in range(settings["sql_examples"])]
+    database = Database(rng)
+    train, test = domain_split(rng, database, per_form)
+    tokenizer = Tokenizer(general_train + "".join(f"{prompt(q)} {sql}" for q, sql in other), V)
+    streams = [torch.tensor(tokenizer.encode(general_train)),
+               torch.tensor([i for q, sql in other for i in tokenizer.encode(f"{prompt(q)} {sql}") + [tokenizer.end]])]
+    windows = torch.tensor(tokenizer.encode(general_test)).unfold(0, CONTEXT + 1, CONTEXT)[:200]
+    return SimpleNamespace(tokenizer=tokenizer, database=database, train=train, test=test, streams=streams,
+                           domain_train=encode_domain(tokenizer, train), domain_test=encode_domain(tokenizer, test),
+                           general_test=(windows[:, :-1], windows[:, 1:]), fingerprint=digest(general_train, other))
+
+
+def load_base(data, settings, out, device):
+    """(state dict, key): from the cache if everything that shaped it is unchanged, else pretrained and cached."""
+    key = digest(settings, V, WIDTH, LAYERS, HEADS, CONTEXT, torch.__version__, data.fingerprint,
+                 *map(inspect.getsource, (Tokenizer, Block, Model, batches, warmup_then_linear, pretrain)))
+    path = out / f"base-{key}.pt"
+    if not path.exists():
+        state = pretrain(data.streams, settings, device)
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
+    return torch.load(path, weights_only=True), key
+
+
+COLUMNS = (("domain accuracy", "domain_accuracy", "{:.1%}"), ("domain NLL", "domain_nll", "{:.3f}"),
+           ("general NLL", "general_nll", "{:.3f}"), ("forgetting", "forgetting", "{:.3f}"), ("ms a step", "step_ms", "{:.0f}"),
+           ("ms in head", "head_ms", "{:.0f}"), ("Stage 0 s", "stage0_s", "{:.1f}"), ("tokens a row", "subset_size_mean", "{:.0f}"),
+           ("outside mass before", "outside_mass_start", "{:.4f}"), ("after", "outside_mass_end", "{:.4f}"),
+           ("angle", "angle_mean_deg", "{:.0f}°"), ("clipped", "clip_fraction", "{:.0%}"))
+
+
+def print_table(base, runs):
+    """One row a method, mean ± standard deviation over the seeds, as a Markdown table."""
+    table = [["method", *(title for title, _, _ in COLUMNS)]]
+    for method in ["base", *dict.fromkeys(run["method"] for run in runs)]:
+        mine = [base] if method == "base" else [run for run in runs if run["method"] == method]
+        table.append([method])
+        for _, key, form in COLUMNS:
+            values = [run[key] for run in mine if run.get(key) is not None]
+            spread = " ± " + form.format(statistics.stdev(values)) if len(values) > 1 else ""
+            table[-1].append(form.format(statistics.mean(values)) + spread if values else "")
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for i, row in enumerate(table):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
+        if i == 0:
+            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
 
 
 def main():
@@ -501,7 +535,7 @@ def main():
     parser.add_argument("--max-angle", type=float, default=90, help="MoClip's cap, in degrees")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=150, help="fine-tuning steps of 32 examples")
+    parser.add_argument("--steps", type=int, default=200, help="fine-tuning steps of 32 examples")
     parser.add_argument("--lr", type=float, help="learning rate for all methods (default: each method's tuned one)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the cache and of results.json")
     parser.add_argument("--quick", action="store_true", help="a smoke run: tiny base, few steps, one seed")
@@ -512,54 +546,27 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
 
-    # data: documents into train and held out, questions likewise
-    rng = random.Random(base_settings["seed"])
-    documents = general_documents()
-    names = sorted(documents)
-    rng.shuffle(names)
-    general_train = "\n\n".join(documents[name] for name in names[len(names) // 20:])
-    general_test = "\n\n".join(documents[name] for name in names[:len(names) // 20])
-    counts = collections.Counter(re.findall(r"\b[a-z]{4,9}\b", general_train))
-    words = sorted({w for w, n in counts.items() if n > 50} | set(re.findall(r"[A-Za-z]{2,}", f"{TELECOM} {SPOKEN}")))
-    schemas = [random_schema(rng, words) for _ in range(base_settings["schemas"])]
-    other_sql = [ask(rng, rng.choice(list(FORMS)), rng.choice(schemas), {}) for _ in range(base_settings["sql_examples"])]
-    database = Database(rng)
-    train, test = domain_split(rng, database, args.per_form)
-    tokenizer = Tokenizer(general_train + "".join(prompt(q) + " " + sql for q, sql in other_sql), V)
-    streams = [torch.tensor(tokenizer.encode(general_train)),
-               torch.tensor([i for q, sql in other_sql for i in tokenizer.encode(f"{prompt(q)} {sql}") + [tokenizer.end]])]
-    held_out = torch.tensor(tokenizer.encode(general_test)).unfold(0, CONTEXT + 1, CONTEXT)[:200]
-    general = held_out[:, :-1], held_out[:, 1:]
-    domain_train, domain_test = encode_domain(tokenizer, train), encode_domain(tokenizer, test)
-    print(f"general: {len(documents)} documents, {len(streams[0]):,} training tokens; SQL over other schemas: "
-          f"{len(streams[1]):,} tokens; domain: {len(train)} questions, {len(test)} held out")
-
-    # the base model, from the cache if everything that shaped it is unchanged
-    key = digest(base_settings, V, WIDTH, LAYERS, HEADS, CONTEXT, torch.__version__, general_train, other_sql,
-                 *map(inspect.getsource, (Tokenizer, Block, Model, batches, warmup_then_linear, pretrain)))
-    path = args.out / f"base-{key}.pt"
-    if not path.exists():
-        state = pretrain(streams, base_settings, device)
-        write_atomically(path, lambda temporary: torch.save(state, temporary))
-    state = torch.load(path, weights_only=True)
+    data = prepare(base_settings, args.per_form)
+    print(f"general: {len(data.streams[0]):,} training tokens; SQL over other schemas: {len(data.streams[1]):,} tokens; "
+          f"domain: {len(data.train)} questions, {len(data.test)} held out")
+    state, key = load_base(data, base_settings, args.out, device)
 
     def fresh():
         model = Model().to(device)
         model.load_state_dict(state)
         return model
 
-    base = evaluate(fresh(), tokenizer, database, test, domain_test, general, device)
-    base["key"], base["parameters"] = key, sum(p.numel() for p in fresh().parameters())
+    base = {"key": key, "parameters": sum(p.numel() for p in fresh().parameters()), **evaluate(fresh(), data, device)}
 
     # Stage 0
     start = clock(device)
-    record = stage0(fresh(), *domain_train, args.tau, device)
+    record = stage0(fresh(), *data.domain_train, args.tau, device)
     stage0_s = clock(device) - start
     sizes = record.subset_sizes.float()
     size = sum(x.nbytes for x in (record.token_ids, record.offsets, record.outside_mass)) / len(record)
     print(f"Stage 0: {len(record):,} positions in {stage0_s:.1f} s; subsets of mean {sizes.mean():.0f}, median "
           f"{sizes.median():.0f} tokens at tau = {args.tau}; {size:.0f} bytes a position, dense float32 logits {4 * V}")
-    x, y = (part[:16].to(device) for part in domain_train)
+    x, y = (part[:16].to(device) for part in data.domain_train)
     probe_record = record.select(torch.arange(int((y != IGNORE).sum())))
 
     @torch.no_grad()
@@ -577,8 +584,8 @@ def main():
             path = args.out / f"run-{digest(config, key, sources, method, seed)}.json"
             if not path.exists():
                 model = fresh()
-                run = {"method": method, "seed": seed, **finetune(model, method, domain_train, record, probe, args, seed, device)}
-                run |= evaluate(model, tokenizer, database, test, domain_test, general, device)
+                run = {"method": method, "seed": seed, **finetune(model, method, data.domain_train, record, probe, args, seed, device)}
+                run |= evaluate(model, data, device)
                 replay = method.startswith("replay")
                 run |= {"forgetting": run["general_nll"] - base["general_nll"], "stage0_s": stage0_s if replay else 0.0,
                         "subset_size_mean": sizes.mean().item() if replay else V, "record_bytes_per_position": size}
@@ -587,11 +594,12 @@ def main():
             results = json.dumps({"config": config, "base": base, "runs": runs}, indent=1)
             write_atomically(args.out / "results.json", lambda temporary: temporary.write_text(results))
 
-    print_table(base, runs, args.methods)
-    for i, (question, gold) in enumerate(test[::len(test) // 3][:3]):
-        print(f"\n{question}?\n  {'gold':14}{gold}\n  {'base':14}{base['samples'][i][:100]}")
+    print()
+    print_table(base, runs)
+    for i, (question, gold) in enumerate(data.test[::len(data.test) // 3][:3]):
+        print(f"\n{question}?\n  {'gold':14}{gold}\n  {'base':14}{base['samples'][i]}")
         for run in runs[:len(args.methods)]:
-            print(f"  {run['method']:14}{run['samples'][i][:100]}")
+            print(f"  {run['method']:14}{run['samples'][i]}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,559 @@
+"""R1 to R8 of THEORY.md: for each statement the property, a case where it is tight, and what fails without an assumption.
+
+Everything is float64 and goes through the project's functions; the other side of each equation is computed here, from
+plain numpy softmaxes or from torch's own cross-entropy. Tolerances are multiples of EPS with the reason beside them.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from logits_replay import ReplayRecord, linear_replay_cross_entropy, outside_mass, record_topk, replay_cross_entropy
+
+EPS = float(np.finfo(np.float64).eps)
+EPS32 = float(np.finfo(np.float32).eps)
+
+
+# -- the other side: softmax, q, r and records by hand ------------------------------------------------------------------
+
+def softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def log_softmax(z):
+    return z - z.max() - math.log(np.exp(z - z.max()).sum())
+
+
+def split(p, S):
+    """(rho, q, r) with p = (1 - rho) q + rho r, q on S, r off S (r = 0 where there is no outside)."""
+    inside = np.zeros(len(p), dtype=bool)
+    inside[list(S)] = True
+    q, r = np.where(inside, p, 0), np.where(inside, 0, p)
+    rho = r.sum()
+    return rho, q / q.sum(), r / rho if rho > 0 else r
+
+
+def record_of(*rows, V):
+    """A record with the given token sets, whatever a model would have recorded."""
+    ids = [j for row in rows for j in sorted(row)]
+    offsets = np.cumsum([0] + [len(row) for row in rows])
+    return ReplayRecord(torch.tensor(ids, dtype=torch.int32), torch.tensor(offsets), torch.zeros(len(rows)), V, 1.0)
+
+
+def row_of(record, t=0):
+    return record.token_ids[record.offsets[t]:record.offsets[t + 1]].tolist()
+
+
+def one_hot(y, V):
+    return np.eye(V)[y]
+
+
+def replay_gradient(z, S, y):
+    """(L_S, grad_z L_S) of one position, through the function under test."""
+    leaf = torch.tensor(z, requires_grad=True)
+    loss = replay_cross_entropy(leaf[None], torch.tensor([y]), record_of(S, V=len(z)))
+    loss.backward()
+    return float(loss), leaf.grad.numpy()
+
+
+def full_gradient(z, y):
+    leaf = torch.tensor(z, requires_grad=True)
+    loss = F.cross_entropy(leaf[None], torch.tensor([y]))
+    loss.backward()
+    return float(loss), leaf.grad.numpy()
+
+
+@st.composite
+def positions(draw, outside=1, max_V=12):
+    """(z, S, y): logits in [-8, 8], a proper token set (at least `outside` tokens missing) that holds the gold token."""
+    V = draw(st.integers(1 + outside, max_V))
+    z = draw(hnp.arrays(np.float64, V, elements=st.floats(-8, 8, width=32)))
+    S = draw(st.sets(st.integers(0, V - 1), min_size=1, max_size=V - outside))
+    return z, sorted(S), draw(st.sampled_from(sorted(S)))
+
+
+logit_rows = st.integers(2, 24).flatmap(lambda V: hnp.arrays(np.float64, V, elements=st.floats(-8, 8, width=32)))
+
+
+# -- R1: coverage and minimality ----------------------------------------------------------------------------------------
+
+@given(logit_rows, st.floats(0.01, 1), st.data())
+def test_r1_recorded_set_covers_tau_with_the_fewest_tokens(z, tau, data):
+    y = data.draw(st.integers(0, len(z) - 1))
+    S = row_of(record_topk(torch.tensor(z[None]), torch.tensor([y]), tau))
+    p, tol = softmax(z), 2 * len(z) * EPS  # V additions in either order
+    rho = p[[j for j in range(len(p)) if j not in S]].sum()
+    assert y in S
+    assert rho <= 1 - tau + tol
+    # K = the fewest tokens that can cover tau at all: the K - 1 largest do not, so no K - 1 tokens do
+    K = 1 + int((np.cumsum(np.sort(p)[::-1])[:-1] < tau - tol).sum())
+    K_if_rounded_up = 1 + int((np.cumsum(np.sort(p)[::-1])[:-1] < tau + tol).sum())
+    assert K <= len(S) <= K_if_rounded_up + 1
+    core = [j for j in S if j != y] if len(S) > K_if_rounded_up else S
+    least, others = p[core].min(), [p[j] for j in range(len(p)) if j not in core]
+    assert all(least >= other - tol for other in others)  # the core is a set of most probable tokens ...
+    assert p[core].sum() - least < tau + tol  # ... and one token fewer would not cover tau
+
+
+@given(st.sampled_from([2, 4, 8, 16, 64]), st.data())
+def test_r1_tight_uniform_model_reaches_both_bounds(V, data):
+    k = data.draw(st.integers(1, V))
+    record = record_topk(torch.zeros(1, V, dtype=torch.float64), torch.tensor([0]), k / V)  # ties: token 0 ranks first
+    assert len(row_of(record)) == k  # ceil(tau V), the largest K_t can be
+    assert float(record.outside_mass) == 1 - k / V  # exact: dyadic probabilities
+
+
+@given(logit_rows, st.floats(0.05, 0.95))
+def test_r1_gold_inclusion_lowers_rho_by_its_probability_and_costs_at_most_one_minus_tau_tokens(z, tau):
+    V, p = len(z), softmax(z)
+    record = record_topk(torch.tensor(np.tile(z, (V, 1))), torch.arange(V), tau)  # every token as gold, once
+    smallest = int(record.subset_sizes.argmin())  # a row whose gold token is in the top-K: S is the top-K
+    core, rho_core = row_of(record, smallest), float(record.outside_mass[smallest])
+    for y in range(V):
+        gain = 0 if y in core else p[y]
+        assert float(record.outside_mass[y]) == pytest.approx(rho_core - gain, abs=2 * EPS32)  # stored in float32
+    expected_size = float((p * record.subset_sizes.numpy()).sum())  # gold drawn from p
+    assert expected_size == pytest.approx(len(core) + p[[j for j in range(V) if j not in core]].sum(), rel=4 * V * EPS)
+    assert expected_size <= len(core) + 1 - tau + 4 * V * V * EPS  # sizes up to V, V terms
+
+
+def test_r1_false_with_max_size_the_cap_gives_up_coverage():
+    record = record_topk(torch.zeros(1, 8, dtype=torch.float64), torch.tensor([0]), 0.75, max_size=2)
+    assert float(record.outside_mass) == 0.75 > 1 - 0.75
+
+
+# -- R2: the loss gap ---------------------------------------------------------------------------------------------------
+
+@given(positions())
+def test_r2_full_loss_minus_replay_loss_is_minus_log_inside_mass(position):
+    z, S, y = position
+    replay, full = replay_gradient(z, S, y)[0], full_gradient(z, y)[0]
+    log_p = log_softmax(z)
+    rho, q, _ = split(softmax(z), S)
+    gap = -math.log(np.exp(log_p[S]).sum())  # -log(1 - rho) without the subtraction
+    tol = 64 * EPS * (1 + abs(z).max())  # log-sum-exp of logits up to 8: relative to the logits
+    assert full - replay == pytest.approx(gap, abs=tol)
+    # the same gap is KL(q || p)
+    assert gap == pytest.approx(sum(q[j] * (math.log(q[j]) - log_p[j]) for j in S), abs=tol)
+    reported = float(outside_mass(torch.tensor(z[None]), record_of(S, V=len(z))))
+    assert reported == pytest.approx(rho, abs=16 * EPS)
+
+
+@given(positions(), st.data())
+def test_r2_replay_loss_grows_with_the_set_up_to_the_full_loss(position, data):
+    z, S, y = position
+    larger = sorted(set(S) | data.draw(st.sets(st.integers(0, len(z) - 1))))
+    tol = 64 * EPS * (1 + abs(z).max())
+    small, large = replay_gradient(z, S, y)[0], replay_gradient(z, larger, y)[0]
+    assert 0 <= small <= large + tol
+    assert large <= full_gradient(z, y)[0] + tol
+
+
+@given(logit_rows, st.data())
+def test_r2_tight_whole_vocabulary_is_cross_entropy_and_tau_bounds_the_gap(z, data):
+    V, y = len(z), data.draw(st.integers(0, len(z) - 1))
+    assert replay_gradient(z, range(V), y)[0] == pytest.approx(full_gradient(z, y)[0], abs=64 * EPS * (1 + abs(z).max()))
+    k = data.draw(st.integers(1, 16))
+    uniform, target = torch.zeros(1, 16, dtype=torch.float64), torch.tensor([0])
+    record = record_topk(uniform, target, k / 16)
+    gap = float(F.cross_entropy(uniform, target) - replay_cross_entropy(uniform, target, record))
+    assert gap == pytest.approx(math.log(16 / k), abs=16 * EPS)  # log(1 / tau): the recording-time bound, reached
+
+
+# -- R3: the logit-gradient bias ----------------------------------------------------------------------------------------
+
+@given(positions())
+def test_r3_bias_is_rho_times_q_minus_r_with_exact_norms(position):
+    z, S, y = position
+    rho, q, r = split(softmax(z), S)
+    replay, full = replay_gradient(z, S, y)[1], full_gradient(z, y)[1]
+    bias, tol = replay - full, 32 * EPS  # differences of probabilities, each a few eps of at most 1
+    np.testing.assert_allclose(bias, rho * (q - r), rtol=0, atol=tol)
+    assert abs(bias).sum() == pytest.approx(2 * rho, abs=len(z) * tol)
+    assert np.linalg.norm(bias) == pytest.approx(rho * math.sqrt((q**2).sum() + (r**2).sum()), abs=4 * tol)
+    assert np.linalg.norm(bias) <= math.sqrt(2) * rho + 4 * tol
+    assert (replay[[j for j in range(len(z)) if j not in S]] == 0).all()  # exactly: those logits are never read
+
+
+@given(st.floats(-20, 20))
+def test_r3_tight_two_tokens_reach_sqrt_two_rho(gap):
+    z = np.array([0.0, gap])
+    rho = 1 / (1 + math.exp(-gap))
+    bias = replay_gradient(z, [0], 0)[1] - full_gradient(z, 0)[1]
+    assert np.linalg.norm(bias) == pytest.approx(math.sqrt(2) * rho, rel=16 * EPS)
+
+
+@given(positions())
+def test_r3_replay_gradient_never_opposes_the_full_gradient_in_logit_space(position):
+    z, S, y = position
+    rho, q, _ = split(softmax(z), S)
+    inner = replay_gradient(z, S, y)[1] @ full_gradient(z, y)[1]
+    expected = (1 - rho) * ((q - one_hot(y, len(z)))**2).sum() + rho * (1 - q[y])
+    assert inner == pytest.approx(expected, abs=32 * EPS)
+    assert inner >= -32 * EPS
+
+
+def test_r3_false_with_the_recorded_rho_once_the_model_has_moved():
+    recorded = np.array([4.0, 0.0, 0.0])
+    record = record_topk(torch.tensor(recorded[None]), torch.tensor([0]), 0.9)
+    moved = np.array([4.0, 0.0, 6.0])
+    bias = replay_gradient(moved, row_of(record), 0)[1] - full_gradient(moved, 0)[1]
+    assert abs(bias).sum() > 20 * 2 * float(record.outside_mass)
+    assert abs(bias).sum() == pytest.approx(2 * float(outside_mass(torch.tensor(moved[None]), record)), rel=16 * EPS)
+
+
+# -- R4 and R5: the parameter-gradient bias, on a transformer ------------------------------------------------------------
+
+class TinyTransformer(nn.Module):
+    """A causal transformer of one block, float64: the real thing, small enough for whole Jacobians."""
+
+    def __init__(self, V=11, d=8, length=5):
+        super().__init__()
+        self.token, self.position = nn.Embedding(V, d), nn.Parameter(torch.randn(length, d))
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
+        self.attention = nn.MultiheadAttention(d, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+        self.head = nn.Linear(d, V)
+        self.double()
+
+    def hidden(self, tokens):
+        x = self.token(tokens) + self.position
+        mask = torch.ones(len(self.position), len(self.position), dtype=torch.bool).triu(1)
+        n = self.norm1(x)
+        x = x + self.attention(n, n, n, attn_mask=mask, need_weights=False)[0]
+        return self.norm3(x + self.mlp(self.norm2(x)))
+
+    def forward(self, tokens):
+        return self.head(self.hidden(tokens))
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    torch.manual_seed(0)
+    model = TinyTransformer()
+    tokens = torch.randint(0, 11, (3, 6))
+    logits, target = model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+    record = record_topk(logits.detach(), target, 0.8)
+    assert (record.subset_sizes < 11).all()
+    return model, logits, target, record
+
+
+def flat_gradient(loss, model):
+    parameters = list(model.parameters())
+    grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, grads)]).numpy()
+
+
+def parameter_bias(model, logits, target, record):
+    return (flat_gradient(replay_cross_entropy(logits, target, record), model)
+            - flat_gradient(F.cross_entropy(logits, target), model))
+
+
+def jacobian(model, z):
+    """(V, parameters): J_j = gradient of logit j."""
+    return np.stack([flat_gradient(z[j], model) for j in range(len(z))])
+
+
+def test_r4_transformer_bias_is_rho_times_difference_of_mean_jacobians(transformer):
+    model, logits, target, record = transformer
+    for t in (0, 7, 14):
+        S, z = row_of(record, t), logits[t]
+        rho, q, r = split(softmax(z.detach().numpy()), S)
+        bias, J = parameter_bias(model, z[None], target[t:t + 1], record_of(S, V=11)), jacobian(model, z)
+        np.testing.assert_allclose(bias, rho * (q @ J - r @ J), rtol=0, atol=256 * EPS * abs(J).max())  # backward pass
+        outside = [j for j in range(11) if j not in S]
+        diameter = max(np.linalg.norm(J[i] - J[j]) for i in S for j in outside)
+        assert 0.01 < np.linalg.norm(bias) <= rho * diameter
+
+
+def test_r4_transformer_bias_is_collinear_and_exactly_linear_in_rho(transformer):
+    model, logits, target, record = transformer
+    z, y, S = logits[3:4], target[3:4], record.select([3])
+    outside = torch.ones(1, 11, dtype=torch.float64)
+    outside[0, row_of(record, 3)] = 0
+    biases, rhos = [], []
+    for shift in (-4.0, -2.0, 0.0, 2.0, 4.0):  # a constant on all outside logits moves rho and leaves q, r and J alone
+        shifted = z + shift * outside
+        biases.append(parameter_bias(model, shifted, y, S))
+        rhos.append(split(softmax(shifted.detach().numpy()[0]), row_of(record, 3))[0])
+    assert max(rhos) > 10 * min(rhos)
+    reference = biases[2] / rhos[2]
+    for bias, rho in zip(biases, rhos):  # same vector up to the factor rho; gradients are sums of O(1) terms
+        np.testing.assert_allclose(bias, rho * reference, rtol=0, atol=256 * EPS * abs(reference).max())
+
+
+def test_r4_false_when_q_changes_too_the_bias_turns(transformer):
+    model, logits, target, record = transformer
+    z, y, S = logits[3:4], target[3:4], record.select([3])
+    inside = torch.zeros(1, 11, dtype=torch.float64)
+    inside[0, row_of(record, 3)[0]] = 2.0
+    u, v = parameter_bias(model, z, y, S), parameter_bias(model, z + inside, y, S)
+    assert u @ v / np.linalg.norm(u) / np.linalg.norm(v) < 0.99
+
+
+def test_r4_tight_point_masses_reach_rho_times_diameter():
+    torch.manual_seed(1)
+    model = TinyTransformer(V=2)
+    z = model(torch.tensor([[0, 1, 1, 0, 1]]))[0, -1]
+    bias, J = parameter_bias(model, z[None], torch.tensor([1]), record_of([1], V=2)), jacobian(model, z)
+    rho = split(softmax(z.detach().numpy()), [1])[0]
+    assert np.linalg.norm(bias) == pytest.approx(rho * np.linalg.norm(J[0] - J[1]), rel=256 * EPS)
+
+
+@given(positions(), st.integers(0, 2**32 - 1))
+def test_r4_linear_head_bias_is_rank_one_and_exact(position, seed):
+    z, S, y = position
+    rng = np.random.default_rng(seed)
+    h, W = rng.normal(size=4), rng.normal(size=(len(z), 4))
+    c = z - W @ h  # so that the logits are z
+    leaves = [torch.tensor(x, requires_grad=True) for x in (h, W, c)]
+    target, record = torch.tensor([y]), record_of(S, V=len(z))
+    replay = linear_replay_cross_entropy(leaves[0][None], leaves[1], target, record, linear_bias=leaves[2])
+    full = F.cross_entropy(leaves[0][None] @ leaves[1].T + leaves[2], target)
+    g_h, g_W, g_c = ((a - b).numpy() for a, b in zip(torch.autograd.grad(replay, leaves), torch.autograd.grad(full, leaves)))
+    rho, q, r = split(softmax(z), S)
+    tol = 256 * EPS * (1 + abs(W).max() + abs(h).max()) * (1 + abs(c).max())  # z is rebuilt from W h + c, c large
+    np.testing.assert_allclose(g_c, rho * (q - r), rtol=0, atol=tol)
+    np.testing.assert_allclose(g_h, rho * W.T @ (q - r), rtol=0, atol=tol * len(z))
+    np.testing.assert_allclose(g_W, rho * np.outer(q - r, h), rtol=0, atol=tol)
+    norm = rho * math.sqrt((q**2).sum() + (r**2).sum()) * np.linalg.norm(h)
+    assert np.linalg.norm(g_W) == pytest.approx(norm, abs=tol * len(z))
+
+
+def test_r5_batch_bias_is_the_mean_and_bounded_by_mean_rho_times_diameter(transformer):
+    model, logits, target, record = transformer
+    mean_bias = parameter_bias(model, logits, target, record)
+    expected, bound = np.zeros_like(mean_bias), 0.0
+    for t in range(len(record)):
+        S, J = row_of(record, t), jacobian(model, logits[t])
+        rho, q, r = split(softmax(logits[t].detach().numpy()), S)
+        expected += rho * (q @ J - r @ J) / len(record)
+        bound += rho * max(np.linalg.norm(J[i] - J[j]) for i in S for j in range(11) if j not in S) / len(record)
+    np.testing.assert_allclose(mean_bias, expected, rtol=0, atol=256 * EPS * abs(J).max())
+    assert np.linalg.norm(mean_bias) <= bound
+
+
+@given(st.floats(-5, 5), st.integers(1, 6))
+def test_r5_tight_equal_positions_reach_the_bound_and_opposite_ones_cancel(gap, copies):
+    def bias(targets):  # the parameter is one logit vector (0, gap) that all positions share; S = {y}
+        z = torch.tensor([0.0, gap], dtype=torch.float64, requires_grad=True)
+        logits, target = z.expand(len(targets), 2), torch.tensor(targets)
+        replay = replay_cross_entropy(logits, target, record_of(*[[y] for y in targets], V=2))
+        return (torch.autograd.grad(replay, z)[0] - torch.autograd.grad(F.cross_entropy(logits, target), z)[0]).numpy()
+
+    rho = 1 / (1 + math.exp(-gap))
+    assert np.linalg.norm(bias([0] * copies)) == pytest.approx(rho * math.sqrt(2), rel=64 * EPS)  # D_t = sqrt(2)
+    mixed = bias([0, 1] * copies)  # rho (1, -1) and (1 - rho) (-1, 1), averaged
+    np.testing.assert_allclose(mixed, (2 * rho - 1) / 2 * np.array([1, -1]), rtol=0, atol=64 * EPS)
+
+
+# -- R6: drift of rho ---------------------------------------------------------------------------------------------------
+
+def kl(p, q):
+    return float((p * (np.log(p) - np.log(q))).sum())
+
+
+def binary_kl(a, b):
+    return kl(np.array([a, 1 - a]), np.array([b, 1 - b]))
+
+
+@given(positions(), st.data())
+def test_r6_rho_of_the_current_model_is_bounded_by_its_distance_from_the_recording_model(position, data):
+    z0, S, _ = position
+    z1 = data.draw(hnp.arrays(np.float64, len(z0), elements=st.floats(-8, 8, width=32)))
+    record = record_of(S, V=len(z0))
+    rho0, rho1 = (float(outside_mass(torch.tensor(z[None]), record)) for z in (z0, z1))
+    p0, p1 = softmax(z0), softmax(z1)
+    tol = 16 * len(z0) * EPS
+    total_variation = abs(p1 - p0).sum() / 2
+    assert abs(rho1 - rho0) <= total_variation + tol
+    assert rho1 <= rho0 + math.sqrt(max(0.0, min(kl(p0, p1), kl(p1, p0))) / 2) + math.sqrt(tol)  # sqrt near KL = 0
+    assume(1e-6 < min(rho0, rho1) and max(rho0, rho1) < 1 - 1e-6)  # 1 - rho must keep its digits below
+    tol = 1e-6 * 1e-3  # eps over the smallest mass, a few times
+    assert binary_kl(rho0, rho1) <= kl(p0, p1) + tol
+    assert binary_kl(rho1, rho0) <= kl(p1, p0) + tol
+    change = abs(z1 - z0).max()
+    assert math.log(rho1 / (1 - rho1)) <= math.log(rho0 / (1 - rho0)) + 2 * change + tol
+
+
+@given(positions(), st.floats(0.01, 3))
+def test_r6_tight_moving_the_outside_logits_together_reaches_every_bound(position, size):
+    z0, S, _ = position
+    inside = np.isin(np.arange(len(z0)), S)
+    z1 = z0 + np.where(inside, -size, size)  # |change| = size everywhere; q and r stay
+    record = record_of(S, V=len(z0))
+    rho0, rho1 = (float(outside_mass(torch.tensor(z[None]), record)) for z in (z0, z1))
+    assume(1e-6 < rho0 and rho1 < 1 - 1e-6)
+    p0, p1 = softmax(z0), softmax(z1)
+    tol = 1e-9  # eps over the smallest mass 1e-6, a few times
+    assert rho1 - rho0 == pytest.approx(abs(p1 - p0).sum() / 2, abs=16 * len(z0) * EPS)
+    assert binary_kl(rho0, rho1) == pytest.approx(kl(p0, p1), abs=tol)
+    assert math.log(rho1 / (1 - rho1)) - math.log(rho0 / (1 - rho0)) == pytest.approx(2 * size, abs=tol)
+
+
+def test_r6_false_for_the_recorded_rho_tau_bounds_nothing_after_the_model_moved():
+    z = torch.tensor([[5.0, 0.0, 0.0]], dtype=torch.float64)
+    record = record_topk(z, torch.tensor([0]), 0.95)
+    assert float(record.outside_mass) <= 1 - 0.95
+    assert float(outside_mass(z + torch.tensor([0.0, 0.0, 30.0]), record)) > 1 - 1e-10
+
+
+# -- R7: the replay loss does not control rho ----------------------------------------------------------------------------
+
+def log_odds_outside(z, S):
+    inside = np.isin(np.arange(len(z)), S)
+    def lse(x):
+        return x.max() + math.log(np.exp(x - x.max()).sum())
+    return lse(z[~inside]) - lse(z[inside])
+
+
+def test_r7_replay_loss_can_vanish_while_rho_goes_to_one_and_the_full_loss_grows():
+    W = torch.tensor([[1.0], [0.0], [3.0]], dtype=torch.float64)  # token 2, outside, shares the gold token's feature
+    h = torch.tensor([[-4.0]], dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0])
+    record, history = record_of([0, 1], V=3), []
+    for _ in range(200):  # gradient descent on the replay loss in the only parameter, h
+        loss = linear_replay_cross_entropy(h, W, target, record)
+        logits = (h @ W.T).detach()
+        history.append((float(loss), float(outside_mass(logits, record)), float(F.cross_entropy(logits, target))))
+        h = (h - torch.autograd.grad(loss, h)[0]).detach().requires_grad_()
+    replay, rho, full = map(np.array, zip(*history))
+    assert (np.diff(replay) < 0).all() and (np.diff(rho) > 0).all()
+    assert rho[0] < 1e-4 and replay[-1] < 0.01 and rho[-1] > 0.9999 and full[-1] > 8
+
+
+@given(positions(outside=2))
+def test_r7_first_order_change_of_rho_has_the_stated_rate(position):
+    z, S, y = position
+    rho, q, r = split(softmax(z), S)
+    leaf = torch.tensor(z[None], requires_grad=True)
+    slope = torch.autograd.grad(outside_mass(leaf, record_of(S, V=len(z))).sum(), leaf)[0].numpy()[0]
+    rate_replay = -slope @ replay_gradient(z, S, y)[1]
+    assert rate_replay == pytest.approx(rho * (1 - rho) * ((q**2).sum() - q[y]), abs=32 * EPS)
+    rate_full = -slope @ full_gradient(z, y)[1]  # the full loss has a restoring force that the replay loss lacks
+    assert rate_replay - rate_full == pytest.approx(rho**2 * (1 - rho) * ((q**2).sum() + (r**2).sum()), abs=32 * EPS)
+
+
+@given(positions(), st.floats(0, 8))
+def test_r7_a_finite_step_raises_the_log_odds_by_at_most_its_first_order_term(position, eta):
+    z, S, y = position
+    q = split(softmax(z), S)[1]
+    rise = log_odds_outside(z - eta * replay_gradient(z, S, y)[1], S) - log_odds_outside(z, S)
+    exact = -math.log(sum(q[j] * math.exp(-eta * (q[j] - (j == y))) for j in S))
+    tol = 128 * EPS * (1 + eta) * (1 + abs(z).max())
+    assert rise == pytest.approx(exact, abs=tol)
+    assert rise <= eta * ((q**2).sum() - q[y]) + tol <= eta + tol
+
+
+@given(positions(), st.floats(0, 8))
+def test_r7_calibrated_gold_inside_a_fixed_set_never_raises_the_expected_log_odds(position, eta):
+    z, S, _ = position
+    q, before = split(softmax(z), S)[1], log_odds_outside(z, S)
+    rises = [log_odds_outside(z - eta * replay_gradient(z, S, y)[1], S) - before for y in S]
+    assert sum(q[y] * rise for y, rise in zip(S, rises)) <= 128 * EPS * (1 + eta) * (1 + abs(z).max())
+
+
+@given(logit_rows, st.floats(0.1, 0.9))
+def test_r7_gold_inclusion_adds_an_upward_drift_of_at_most_the_uncovered_mass(z, tau):
+    V, p = len(z), softmax(z)
+    record = record_topk(torch.tensor(np.tile(z, (V, 1))), torch.arange(V), tau)  # gold drawn from p: calibrated
+    core = row_of(record, int(record.subset_sizes.argmin()))  # S without an added gold token
+    drift = 0.0
+    for y in range(V):
+        S = row_of(record, y)
+        if len(S) < V:
+            _, q, r = split(p, S)
+            g = replay_gradient(z, S, y)[1]
+            drift += p[y] * -(r @ g - q @ g)  # d log-odds / d eta = E_r[-g] - E_q[-g]
+    tol = 32 * V * EPS
+    assert -tol <= drift <= 1 - p[core].sum() + tol <= 1 - tau + 2 * tol
+
+
+def test_r7_tight_calibrated_model_with_gold_outside_drifts_up():
+    z = np.log(np.array([0.8, 0.1, 0.1]))  # tau = 0.8 keeps token 0; gold 1 or 2, 10 % each, is added when drawn
+    q = np.array([8, 1]) / 9
+    expected = 2 * 0.1 * ((q**2).sum() - q[1])  # 0.138 > 0; gold 0 contributes (1 - 1) = 0
+    drift = 0.0
+    for y, S in ((0, [0]), (1, [0, 1]), (2, [0, 2])):
+        g = replay_gradient(z, S, y)[1]
+        drift += math.exp(z[y]) * split(softmax(z), S)[1] @ g
+    assert drift == pytest.approx(expected, rel=64 * EPS) and drift > 0.1
+
+
+# -- R8: the cost model -------------------------------------------------------------------------------------------------
+
+class CountFlops(TorchDispatchMode):
+    """Adds up the multiply-add work (2 operations each) of the matrix products that really run, and the largest output."""
+
+    flops = 0
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name == "sparse_sampled_addmm":  # nnz inner products of length d
+            self.flops += 2 * args[0]._nnz() * args[1].shape[1]
+        elif name in ("mm", "addmm"):
+            left, right = args[-2:]
+            terms = left._nnz() if left.layout != torch.strided else left.numel()
+            self.flops += 2 * terms * right.shape[1]
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                stored = x.numel() if x.layout == torch.strided else x._nnz()
+                self.largest = max(self.largest, stored)
+        return out
+
+
+@given(st.integers(2, 12), st.integers(20, 40), st.integers(1, 8), st.floats(0.1, 0.6), st.integers(0, 2**32 - 1))
+def test_r8_head_work_is_6_nnz_d_and_no_tensor_has_N_times_V_entries(N, V, d, tau, seed):
+    torch.manual_seed(seed)
+    h, W, target = torch.randn(N, d), torch.randn(V, d), torch.randint(0, V, (N,))
+    h, W = (x.double().requires_grad_() for x in (h, W))
+    record = record_topk((h @ W.T).detach(), target, tau)
+    nnz = len(record.token_ids)
+    with CountFlops() as dense:
+        F.cross_entropy(h @ W.T, target).backward()
+    with CountFlops() as ragged:
+        linear_replay_cross_entropy(h, W, target, record).backward()
+    assert dense.flops == 6 * N * V * d and dense.largest >= N * V
+    assert ragged.flops == 6 * nnz * d
+    assert ragged.largest <= max(nnz, N * d, V * d, N + 1)
+
+
+def head_share_table():
+    text = (Path(__file__).parent.parent / "THEORY.md").read_text()
+    row = r"^\| (\S+) \| ([\d ]+) \| ([\d ]+) \| ([\d ]+) \| ([\d ]+) \| ([\d.]+) % \| (\S+) \|$"
+    rows = re.findall(row, text, re.M)
+    return [(name, *(int(x.replace(" ", "")) for x in numbers[:4]), float(numbers[4]), numbers[5]) for name, *numbers in rows]
+
+
+def test_r8_table_of_head_shares_follows_from_V_d_and_parameter_count():
+    table = head_share_table()
+    assert len(table) >= 12
+    for name, V, d, parameters, looked_up, percent, epochs in table:
+        share = V * d / (parameters - looked_up)  # looked_up: embeddings that are read, not multiplied
+        assert percent == pytest.approx(100 * share, abs=0.05), name
+        # the head alone reaches 40 % from E = 1 / (3 (share - 0.4)) epochs on, if ever
+        expected = f"{1 / (3 * (share - 0.4)):.1f}" if share > 0.4 else "never"
+        assert epochs == expected, name
+
+
+@given(st.floats(0.001, 1), st.floats(0, 1), st.integers(1, 1000))
+def test_r8_saving_follows_from_the_flops_of_a_whole_training(share, kappa, epochs):
+    V_d = 1.0  # parameters of the head; the rest follows from the share
+    trunk, positions_ = V_d / share - V_d, 10.0
+    full = epochs * positions_ * 6 * (trunk + V_d)
+    replay = epochs * positions_ * 6 * (trunk + kappa * V_d) + positions_ * 2 * (trunk + V_d)  # Stage 0: one forward
+    assert 1 - replay / full == pytest.approx(share * (1 - kappa) - 1 / (3 * epochs), abs=64 * EPS / share)
+    assert 1 - replay / full < share
