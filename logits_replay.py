@@ -255,7 +255,7 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
     done, k = [], min(V, max(64, 0 if max_size is None else limit + 1))
     while len(rows):
         if max_size is None and p.dtype == torch.float32 and done:  # wide rows, the usual case
-            for rows, p in zip(rows.split(2**21 // V + 1), p.split(2**21 // V + 1)):  # that stay in the cache
+            for rows, p in zip(rows.split(2**20 // V + 1), p.split(2**20 // V + 1)):  # that stay in the cache
                 S = _cover(p, tau)
                 S[torch.arange(len(rows), device=device), target[rows]] = True
                 sizes[rows], rho[rows] = S.sum(-1), p.masked_fill(S, 0).sum(-1)

@@ -35,25 +35,22 @@ def _square_sum(tensors) -> Tensor:
     return total if total.device.type == "mps" else total.double()  # MPS has no float64
 
 
-def _unit(vector: Tensor, norm: Tensor) -> Tensor:
-    return vector / torch.where(norm > 0, norm, 1)  # a zero vector stays zero
-
-
 def _angle(us, vs):
-    """(theta, |u|, |v|) of two vectors given in pieces: lists of tensors of pairwise equal shapes."""
-    norm_u, norm_v = _square_sum(us).sqrt(), _square_sum(vs).sqrt()
+    """(theta, |u|/|v|) of two vectors given in pieces: lists of tensors of pairwise equal shapes. (0, 0) if one is zero
+    or beyond the square root of the dtype's range, where v = g^2 is lost as well."""
+    ratio = (_square_sum(us) / _square_sum(vs)).sqrt()
+    ratio = torch.where(ratio.isfinite(), ratio, 0)
     minus = plus = 0
     for u, v in zip(us, vs):
-        u, v = _unit(u, norm_u), _unit(v, norm_v)
-        minus, plus = minus + _square_sum([u - v]), plus + _square_sum([u.add_(v)])
+        v = v * ratio  # v made as long as u
+        minus, plus = minus + _square_sum([u - v]), plus + _square_sum([v.add_(u)])
     # theta = 2 atan2(|u/|u| - v/|v||, |u/|u| + v/|v||)                       (Kahan 2006, section 12)
     # arccos(<u, v> / |u||v|) would lose half of the digits near 0 and near pi.
-    theta = 2 * torch.atan2(minus.sqrt(), plus.sqrt())
-    return torch.where((norm_u > 0) & (norm_v > 0), theta, 0), norm_u, norm_v
+    return torch.where(ratio > 0, 2 * torch.atan2(minus.sqrt(), plus.sqrt()), 0), ratio
 
 
 def _rotation(theta: Tensor, max_angle: float, eps: float):
-    """The rotation to the cap as coefficients: g~ = A g + B |g| m/|m|. Returns (A, B, clipped, antiparallel).
+    """The rotation to the cap as coefficients: g~ = A g + B m |g|/|m|. Returns (A, B, clipped, antiparallel).
 
     In the plane of g and m the unit vector at angle Delta = max_angle from m is the spherical interpolation
         g~/|g| = (sin(Delta) g/|g| + sin(theta - Delta) m/|m|) / sin(theta),
@@ -95,9 +92,14 @@ def angle_between(u: Tensor, v: Tensor) -> Tensor:
     """
     _check_pair("u", u, "v", v)
     u, v = _wide(u), _wide(v)
-    # largest entries to 1 first: squares of 1e-30 or 1e30 do not exist in float32
-    theta, _, _ = _angle([_unit(u, u.abs().amax())], [_unit(v, v.abs().amax())])
+    theta, _ = _angle([u / _largest(u)], [v / _largest(v)])
     return theta.to(torch.promote_types(u.dtype, v.dtype))
+
+
+def _largest(x: Tensor) -> Tensor:
+    """max |x_i|, 1 for a zero vector. Divided by it first, since squares of 1e-30 or 1e30 do not exist in float32."""
+    largest = x.abs().amax()
+    return torch.where(largest > 0, largest, 1)
 
 
 def clip_angle(grad: Tensor, momentum: Tensor, max_angle: float) -> Tensor:
@@ -117,11 +119,10 @@ def clip_angle(grad: Tensor, momentum: Tensor, max_angle: float) -> Tensor:
     _check_pair("grad", grad, "momentum", momentum)
     _check_max_angle(max_angle)
     g, m = _wide(grad), _wide(momentum)
-    largest = g.abs().amax()
-    m = _unit(m, m.abs().amax())
-    theta, norm_g, norm_m = _angle([_unit(g, largest)], [m])
+    m = m / _largest(m)
+    theta, ratio = _angle([g / _largest(g)], [m])
     A, B, _, _ = _rotation(theta, max_angle, torch.finfo(g.dtype).eps)
-    return (A * g).add_(_unit(m, norm_m).mul_(B * norm_g * largest)).to(grad.dtype)
+    return (A * g).add_(m * (B * ratio * _largest(g))).to(grad.dtype)
 
 
 class MoClip(torch.optim.Optimizer):
@@ -223,21 +224,21 @@ class MoClip(torch.optim.Optimizer):
         """Step the parameters that share one angle; returns (theta, clipped)."""
         grads = [_wide(p.grad) for _, p in entries]
         momenta = [self.state[p]["exp_avg"] for _, p in entries]
-        theta, norm_g, norm_m = _angle(grads, momenta)
+        theta, ratio = _angle(grads, momenta)
         A, B, clipped, antiparallel = _rotation(theta, entries[0][0]["max_angle"], torch.finfo(grads[0].dtype).eps)
         for (group, p), g, m in zip(entries, grads, momenta):
             (beta1, beta2), lr, a, b = group["betas"], group["lr"], group["a"], group["b"]
             state, v = self.state[p], self.state[p]["exp_avg_sq"]
             state["step"] += 1
-            # g~ = A g + B |g| m/|m|; unclipped A = 1 and B = 0, so g passes unchanged to the last bit
-            g = (A * g).add_(_unit(m, norm_m).mul_(B * norm_g))
+            # g~ = A g + B m |g|/|m|; unclipped A = 1 and B = 0, so g passes unchanged to the last bit
+            g = (A * g).add_(m * (B * ratio))
             # m = beta1 m + (1 - beta1) g~, from m = 0 where the plane of the rotation is undefined
             m.mul_(torch.where(antiparallel, 0.0, beta1)).add_(g, alpha=1 - beta1)
             # v = beta2 v + (1 - beta2) g~^2
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
             # w = (1 - lr weight_decay) w - lr a atan2(m / (1 - beta1^t), b sqrt(v / (1 - beta2^t)))
             t = state["step"].double()  # in float32, 1 - 0.999^t would lose four digits
-            update = torch.atan2(m / (1 - beta1**t), torch.sqrt(v / (1 - beta2**t)).mul_(b)).mul_(lr * a)
+            update = (m / (1 - beta1**t)).atan2_((v / (1 - beta2**t)).sqrt_().mul_(b)).mul_(lr * a)
             if group["weight_decay"]:
                 update += lr * group["weight_decay"] * p
             p -= update

@@ -64,14 +64,14 @@ def replay_gradient(z, S, y):
     leaf = torch.tensor(z, requires_grad=True)
     loss = replay_cross_entropy(leaf[None], torch.tensor([y]), record_of(S, V=len(z)))
     loss.backward()
-    return float(loss), leaf.grad.numpy()
+    return loss.item(), leaf.grad.numpy()
 
 
 def full_gradient(z, y):
     leaf = torch.tensor(z, requires_grad=True)
     loss = F.cross_entropy(leaf[None], torch.tensor([y]))
     loss.backward()
-    return float(loss), leaf.grad.numpy()
+    return loss.item(), leaf.grad.numpy()
 
 
 @st.composite
@@ -426,7 +426,7 @@ def test_r7_replay_loss_can_vanish_while_rho_goes_to_one_and_the_full_loss_grows
     for _ in range(200):  # gradient descent on the replay loss in the only parameter, h
         loss = linear_replay_cross_entropy(h, W, target, record)
         logits = (h @ W.T).detach()
-        history.append((float(loss), float(outside_mass(logits, record)), float(F.cross_entropy(logits, target))))
+        history.append((loss.item(), float(outside_mass(logits, record)), float(F.cross_entropy(logits, target))))
         h = (h - torch.autograd.grad(loss, h)[0]).detach().requires_grad_()
     replay, rho, full = map(np.array, zip(*history))
     assert (np.diff(replay) < 0).all() and (np.diff(rho) > 0).all()

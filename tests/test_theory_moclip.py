@@ -1,0 +1,692 @@
+"""M1 to M10 of THEORY.md: for each statement the property, a case where it is tight, and what fails without an assumption.
+
+Everything is float64 and goes through the project's functions; the other side of each equation is computed here.
+Tolerances are multiples of EPS with the reason beside them; simulations are seeded.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from moclip import MoClip, angle_between, clip_angle
+
+EPS = float(np.finfo(np.float64).eps)
+HALF_PI = math.pi / 2
+
+angles = st.just(0.0) | st.floats(1e-6, math.pi)  # between, the square of a rotated gradient may underflow
+
+
+def unit(x):
+    return x / np.linalg.norm(x)
+
+
+def plane_angle(u, v):
+    """atan2(component of v orthogonal to u, component along u): not the formula of the code under test."""
+    along = unit(u) @ v
+    return math.atan2(np.linalg.norm(v - along * unit(u)), along)
+
+
+@st.composite
+def pairs(draw, theta=st.floats(1e-3, math.pi - 1e-3)):
+    """(g, m, theta) in 2 to 6 dimensions at a known angle, norms from 1e-6 to 1e6."""
+    n = draw(st.integers(2, 6))
+    basis = np.random.default_rng(draw(st.integers(0, 2**32 - 1))).normal(size=(2, n))
+    m_hat, angle = unit(basis[0]), draw(theta)
+    u = unit(basis[1] - basis[1] @ m_hat * m_hat)
+    u = unit(u - u @ m_hat * m_hat)  # once more: orthogonal to rounding
+    norms = draw(st.tuples(*[st.sampled_from([1e-6, 0.3, 1.0, 7.0, 1e6])] * 2))
+    return norms[0] * (math.cos(angle) * m_hat + math.sin(angle) * u), norms[1] * m_hat, angle
+
+
+def clip(g, m, max_angle):
+    return clip_angle(torch.tensor(g), torch.tensor(m), max_angle).numpy()
+
+
+def run(gradients, **options):
+    """Feed gradients (T, n) to MoClip at w = 0: (updates (T, n), momenta (T, n), optimizer). Without weight decay the
+    updates depend on the gradients alone, and w = 0 before each step lets them be read without rounding."""
+    w = torch.nn.Parameter(torch.zeros(len(gradients[0]), dtype=torch.float64))
+    optimizer, updates, momenta = MoClip([w], **options), [], []
+    for g in gradients:
+        w.data.zero_()
+        w.grad = torch.tensor(np.asarray(g, dtype=np.float64))
+        optimizer.step()
+        updates.append(-w.detach().numpy().copy())
+        momenta.append(optimizer.state[w]["exp_avg"].numpy().copy())
+    return np.array(updates), np.array(momenta), optimizer
+
+
+gradient_sequences = st.tuples(st.integers(1, 12), st.integers(1, 4)).flatmap(
+    lambda shape: hnp.arrays(np.float64, shape, elements=st.floats(-1, 1).map(lambda x: 0.0 if abs(x) < 1e-6 else x)))
+
+
+# -- M1, M2: the rotation -------------------------------------------------------------------------------------------------
+
+@given(pairs(), angles)
+def test_m1_rotation_caps_the_angle_and_keeps_the_norm(pair, max_angle):
+    g, m, theta = pair
+    rotated = clip(g, m, max_angle)
+    tol = 16 * EPS / math.sin(theta)  # the direction u is known to eps / sin(theta): it survives a subtraction
+    assert plane_angle(m, rotated) == pytest.approx(min(theta, max_angle), abs=tol)
+    assert float(angle_between(torch.tensor(rotated), torch.tensor(m))) == pytest.approx(min(theta, max_angle), abs=tol)
+    assert np.linalg.norm(rotated) == pytest.approx(np.linalg.norm(g), rel=tol)
+    assert np.linalg.matrix_rank(np.stack([unit(g), unit(m), unit(rotated)]), tol=tol) <= 2  # stays in the plane
+    if theta < max_angle - tol:
+        assert (rotated == g).all()  # bit for bit
+
+
+@given(pairs(), angles)
+def test_m1_holds_for_the_gradient_that_enters_the_momentum_of_MoClip(pair, max_angle):
+    g, m, theta = pair
+    beta1 = 0.5
+    _, momenta, optimizer = run([2 * m, g], betas=(beta1, 0.9), max_angle=max_angle)  # after step 1 the momentum is m
+    entered = (momenta[1] - beta1 * momenta[0]) / (1 - beta1)
+    tol = 16 * EPS * (1 + np.linalg.norm(m) / np.linalg.norm(g)) / math.sin(theta)  # g~ is recovered by a subtraction
+    if tol < 1e-3:
+        assert plane_angle(m, entered) == pytest.approx(min(theta, max_angle), abs=tol)
+        assert np.linalg.norm(entered) == pytest.approx(np.linalg.norm(g), rel=tol)
+    assert float(optimizer.last_angle) == pytest.approx(theta, abs=16 * EPS)
+    if abs(theta - max_angle) > 16 * EPS:
+        assert bool(optimizer.last_clipped) == (theta > max_angle)
+
+
+@given(st.floats(0.1, 10), st.floats(0, 3.1), st.floats(0.1, 10))
+def test_m1_false_for_antiparallel_vectors_which_pass_and_restart_the_momentum(size, max_angle, momentum):
+    m, g = np.array([momentum, 0.0]), np.array([-size, 0.0])
+    assert (clip(g, m, max_angle) == g).all()  # still at pi: the cap is broken, no plane to rotate in
+    _, momenta, _ = run([m, g], betas=(0.9, 0.9), max_angle=max_angle)
+    np.testing.assert_allclose(momenta[1], (1 - 0.9) * g, rtol=2 * EPS)  # no trace of m: nothing to hold an angle with
+
+
+@given(pairs(), angles, st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_m2_rotated_gradient_is_the_best_vector_of_its_norm_in_the_cone(pair, max_angle, fraction, seed):
+    g, m, theta = pair
+    rotated, size, m_hat = clip(g, m, max_angle), np.linalg.norm(g), unit(m)
+    tol = 16 * EPS / math.sin(theta)
+    excess = max(theta - max_angle, 0)
+    assert plane_angle(g, rotated) == pytest.approx(excess, abs=tol)
+    assert rotated @ g / size**2 == pytest.approx(math.cos(excess), abs=tol)
+    other = np.random.default_rng([seed, 1]).normal(size=len(g))  # [.., 1]: not the stream that made g and m
+    other = unit(other - other @ m_hat * m_hat)
+    rival = size * (math.cos(fraction * max_angle) * m_hat + math.sin(fraction * max_angle) * other)
+    assert rival @ g <= rotated @ g + tol * size**2
+
+
+@given(st.floats(0.1, 3), st.floats(0, 2 * math.pi))
+def test_m2_not_unique_for_antiparallel_vectors(max_angle, azimuth):
+    g, m_hat = np.array([-1.0, 0.0, 0.0]), np.array([1.0, 0.0, 0.0])
+    around = np.array([0.0, math.cos(azimuth), math.sin(azimuth)])
+    rival = math.cos(max_angle) * m_hat + math.sin(max_angle) * around
+    assert rival @ g == pytest.approx(math.cos(math.pi - max_angle), abs=4 * EPS)  # every azimuth is equally good
+    assert (clip(g, m_hat, max_angle) == g).all()  # so none is chosen
+
+
+# -- M3: turning ----------------------------------------------------------------------------------------------------------
+
+@given(pairs(), angles, st.floats(0.01, 0.99))
+def test_m3_momentum_turns_by_the_stated_angle_and_no_more_than_the_cap(pair, max_angle, beta1):
+    g, m, theta = pair
+    _, momenta, _ = run([m / (1 - beta1), g], betas=(beta1, 0.9), max_angle=max_angle)
+    phi, old, new = min(theta, max_angle), beta1 * np.linalg.norm(m), (1 - beta1) * np.linalg.norm(g)
+    turn = plane_angle(momenta[0], momenta[1])
+    length = math.hypot(new * math.sin(phi), old + new * math.cos(phi))
+    tol = 64 * EPS / math.sin(theta) * (old + new) / length  # as M1, worse where the two parts of m cancel
+    assert turn == pytest.approx(math.atan2(new * math.sin(phi), old + new * math.cos(phi)), abs=tol)
+    assert turn <= phi + tol
+    if new < old:
+        assert turn <= math.asin(new / old) + tol  # however far the gradient turned, cap or no cap
+
+
+@given(st.floats(0.05, 1.5), st.integers(0, 2**32 - 1))
+def test_m3_tight_turning_by_pi_takes_ceil_pi_over_max_angle_steps(max_angle, seed):
+    assume(abs(math.pi / max_angle - round(math.pi / max_angle)) > 1e-6)  # where ceil is not decided by rounding
+    target, needed = np.array([math.cos(math.pi - 1e-7), math.sin(math.pi - 1e-7)]), math.ceil(math.pi / max_angle)
+    start = np.array([1.0, 0.0])
+    _, momenta, _ = run([start] + [target] * needed, betas=(0.0, 0.9), max_angle=max_angle)
+    turned = [plane_angle(start, m) for m in momenta[1:]]
+    for k, angle in enumerate(turned, start=1):  # beta1 = 0: every step turns by the cap exactly
+        assert angle == pytest.approx(min(k * max_angle, math.pi - 1e-7), abs=1e-8)  # eps / 1e-7, the first sin(theta)
+
+
+def test_m3_false_through_a_restart_or_a_vanished_momentum():
+    _, momenta, _ = run([[1.0], [-1.0]], betas=(0.5, 0.9), max_angle=0.1)
+    assert momenta[0] > 0 > momenta[1]  # turned by pi in one step: antiparallel, restarted
+    _, momenta, _ = run([[1.0, 0.0], [0.0, 0.0], [-1.0, 1.0]], betas=(0.0, 0.9), max_angle=0.1)
+    assert plane_angle(momenta[0], momenta[2]) > 2  # the zero gradient emptied the momentum: nothing to turn from
+
+
+def test_m3_the_step_may_turn_where_the_momentum_hardly_does():
+    updates, momenta, optimizer = run([[1.0, 0.01], [1.0, -0.01]], betas=(0.0, 0.0), max_angle=0.05)
+    assert not optimizer.last_clipped
+    assert plane_angle(momenta[0], momenta[1]) < 0.021
+    assert plane_angle(updates[0], updates[1]) == pytest.approx(HALF_PI, abs=4 * EPS)  # signs: (1, 1), then (1, -1)
+
+
+# -- M4: bounded updates --------------------------------------------------------------------------------------------------
+
+def weights(beta, t):
+    """Bias-corrected weights of gradients 1 ... t in a moving average."""
+    k = np.arange(t - 1, -1, -1)
+    return (1 - beta) * beta**k / (1 - beta**t)
+
+
+def C_squared(beta1, beta2, t):
+    """sum of w_k^2 / s_k, written with one power per term so that nothing underflows to 0 / 0."""
+    scale = (1 - beta1)**2 * (1 - beta2**t) / ((1 - beta2) * (1 - beta1**t)**2)
+    return float(scale * ((beta1**2 / beta2)**np.arange(t)).sum())
+
+
+def C_squared_limit(beta1, beta2):
+    return (1 - beta1)**2 * beta2 / ((1 - beta2) * (beta2 - beta1**2))
+
+
+betas_pairs = st.tuples(st.floats(0, 0.99), st.floats(0.1, 0.9999))
+
+
+@given(gradient_sequences, betas_pairs, angles, st.floats(0.1, 10), st.floats(0.1, 10))
+def test_m4_no_update_exceeds_the_bounds_whatever_the_gradients(gradients, betas, max_angle, a, b):
+    updates, _, _ = run(gradients, lr=0.1, betas=betas, max_angle=max_angle, a=a, b=b)
+    for t, update in enumerate(updates, start=1):
+        sharp = 0.1 * a * math.atan(math.sqrt(C_squared(*betas, t)) / b)
+        assert abs(update).max() <= sharp * (1 + 64 * t * EPS)  # moments are t-fold products
+        assert sharp <= 0.1 * a * HALF_PI
+        if betas[0]**2 < betas[1] * 0.999:
+            assert C_squared(*betas, t) <= C_squared_limit(*betas) * (1 + 1e-9)  # one over 1 - beta1^2 / beta2 loses digits
+
+
+@given(betas_pairs, angles, st.integers(1, 15), st.floats(0.2, 5), st.lists(st.floats(0.1, 3), min_size=1, max_size=3),
+       st.lists(st.sampled_from([-1.0, 1.0]), min_size=3, max_size=3))
+def test_m4_tight_gradients_proportional_to_the_weight_ratio_reach_the_bound(betas, max_angle, t, b, sizes, signs):
+    assume(betas[0] == 0 and t == 1 or betas[0] > 0.05)  # w_i / s_i must not underflow
+    profile = weights(betas[0], t) / weights(betas[1], t)  # one ray: parallel gradients are never clipped
+    updates, _, optimizer = run(np.outer(profile, np.array(sizes) * signs[:len(sizes)]), lr=0.1, betas=betas,
+                                max_angle=max(max_angle, 1e-6), a=1.0, b=b)
+    bound = 0.1 * math.atan(math.sqrt(C_squared(*betas, t)) / b)
+    np.testing.assert_allclose(abs(updates[-1]), bound, rtol=64 * t * EPS)
+    assert not optimizer.last_clipped
+
+
+@given(betas_pairs, angles)
+def test_m4_tight_the_arctangent_bound_is_approached_when_beta1_squared_exceeds_beta2(betas, max_angle):
+    beta1, beta2 = 0.9, 0.5  # beta1^2 > beta2: C_t grows without bound, and the update towards lr a pi / 2
+    t = 60
+    profile = weights(beta1, t) / weights(beta2, t)
+    updates, _, _ = run((profile / profile.max())[:, None], lr=1.0, betas=(beta1, beta2), max_angle=max_angle, a=1.0)
+    assert HALF_PI - 1e-4 < updates[-1, 0] < HALF_PI
+
+
+@given(betas_pairs, st.integers(1, 60))
+def test_m4_C_is_the_ratio_of_weights_and_never_decreases(betas, t):
+    assume(betas[0] == 0 and t == 1 or betas[0] > 0.05)  # the weights must not underflow
+    C2, w, s = C_squared(*betas, t), weights(betas[0], t), weights(betas[1], t)
+    assert C2 == pytest.approx((w**2 / s).sum(), rel=64 * t * EPS)
+    assert C2 == pytest.approx(1 + ((w - s)**2 / s).sum(), rel=64 * t * EPS)  # 1 + chi-squared distance
+    assert C_squared(*betas, t + 1) >= C2 * (1 - 64 * t * EPS)
+
+
+def test_m4_C_is_bounded_iff_beta1_squared_is_below_beta2_and_one_iff_the_betas_agree():
+    for beta1, beta2 in ((0.9, 0.999), (0.5, 0.3), (0.3, 0.1), (0.0, 0.9), (0.95, 0.999)):
+        assert C_squared(beta1, beta2, 30_000) == pytest.approx(C_squared_limit(beta1, beta2), rel=1e-9)
+    for t in (1, 10, 1000):  # at beta1^2 = beta2 it grows like t, above it like a power
+        assert C_squared(0.5, 0.25, t) == pytest.approx(t / 3 * (1 + 0.5**t) / (1 - 0.5**t), rel=64 * EPS)
+    assert C_squared(0.9, 0.8, 1000) > 1000 * C_squared(0.9, 0.8, 300) > 1000 * 100
+    assert C_squared(0.97, 0.97, 50) == pytest.approx(1, rel=64 * EPS) and C_squared(0.96, 0.97, 50) > 1.001
+    C = math.sqrt(C_squared_limit(0.9, 0.999))
+    assert C == pytest.approx(7.270, abs=5e-4)
+    assert 4 / math.pi * math.atan(C) == pytest.approx(1.826, abs=5e-4)  # the defaults: 1.826 lr at most, not 2 lr
+
+
+@given(gradient_sequences, st.floats(0, 0.99))
+def test_m4_equal_betas_never_move_a_coordinate_by_more_than_lr(gradients, beta):
+    updates, _, _ = run(gradients, lr=0.1, betas=(beta, beta))
+    assert abs(updates).max() <= 0.1 * (1 + 256 * EPS)
+
+
+def test_m4_a_restart_only_drops_terms_and_makes_the_step_after_it_small():
+    beta1, beta2, t = 0.9, 0.999, 20
+    updates, _, optimizer = run([[1.0]] * (t - 1) + [[-1.0]], lr=1.0, betas=(beta1, beta2), a=1.0, max_angle=1.0)
+    assert optimizer.last_clipped
+    kept = (1 - beta1) / (1 - beta1**t)  # the weight of the one gradient left; t is not reset, v-hat is 1
+    assert updates[-1, 0] == pytest.approx(-math.atan(kept), rel=256 * EPS)
+    assert abs(updates[-1, 0]) < math.atan(math.sqrt(C_squared(beta1, beta2, t)))
+
+
+# -- M5: scale ------------------------------------------------------------------------------------------------------------
+
+scopes = st.sampled_from(["global", "tensor"])
+
+
+@given(gradient_sequences, st.integers(-30, 30), angles, st.sampled_from([0.3, 1.0, 4.0]), scopes)
+def test_m5_scaling_all_gradients_by_a_power_of_two_changes_no_bit(gradients, exponent, max_angle, b, scope):
+    options = dict(max_angle=max_angle, b=b, scope=scope)
+    plain, scaled = run(gradients, **options), run(2.0**exponent * gradients, **options)
+    assert (plain[0] == scaled[0]).all()
+    assert float(plain[2].last_angle.sum()) == float(scaled[2].last_angle.sum())
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(1e-6, 1e6), st.floats(0.3, math.pi))
+def test_m5_scaling_all_gradients_changes_updates_by_rounding_only(seed, c, max_angle):
+    gradients = np.random.default_rng(seed).normal(size=(8, 6))
+    plain, scaled = run(gradients, max_angle=max_angle)[0], run(c * gradients, max_angle=max_angle)[0]
+    # rounding, amplified by 1 / sin(theta) in each of 7 rotations; random vectors in 6 dimensions stay clear of pi
+    np.testing.assert_allclose(plain, scaled, rtol=0, atol=1e-3 * 2**20 * EPS)
+
+
+def test_m5_false_for_a_varying_factor_and_where_squares_underflow():
+    gradients = np.array([[1.0], [1.0]])
+    varying = run(gradients * [[1.0], [3.0]], lr=0.1)[0][1]
+    assert abs(varying - run(gradients, lr=0.1)[0][1]) > 0.001
+    tiny = run(1e-200 * gradients, lr=0.1)[0]  # g^2 = 1e-400 is 0 in float64
+    np.testing.assert_allclose(tiny, 0.2, rtol=4 * EPS)  # atan2(m, 0): the full lr a pi / 2 instead of lr
+
+
+def test_m5_tensor_scope_ignores_a_factor_per_tensor_and_global_scope_does_not():
+    def updates(scope, factor):
+        p, q = (torch.nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(2))
+        optimizer = MoClip([p, q], lr=0.1, max_angle=0.5, scope=scope)
+        for gp, gq in (([1.0, 0.0], [0.0, 1.0]), ([1.0, 1.0], [1.0, -0.5])):
+            p.grad, q.grad = (torch.tensor(x, dtype=torch.float64) for x in (gp, gq))
+            q.grad *= factor
+            optimizer.step()
+        return torch.cat([p.detach(), q.detach()])
+
+    assert torch.equal(updates("tensor", 1.0), updates("tensor", 64.0))
+    assert (updates("global", 1.0) - updates("global", 64.0)).abs().max() > 0.001
+
+
+# -- M6: limits -----------------------------------------------------------------------------------------------------------
+
+@given(gradient_sequences, betas_pairs, st.floats(0.2, 5))
+def test_m6_max_angle_pi_is_adam_atan2(gradients, betas, b):
+    updates, _, optimizer = run(gradients, lr=0.1, betas=betas, max_angle=math.pi, a=1.5, b=b)
+    m, v = np.zeros(gradients.shape[1]), np.zeros(gradients.shape[1])
+    for t, g in enumerate(gradients, start=1):
+        m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g * g
+        expected = 0.15 * np.arctan2(m / (1 - betas[0]**t), b * np.sqrt(v / (1 - betas[1]**t)))
+        # m may cancel: its error is eps of the largest gradient; then / sqrt(v) >= sqrt(1 - beta2) |g| > 1e-8 of it
+        scale = 1 + np.divide(abs(gradients[:t]).max(0), np.sqrt(v), out=np.zeros_like(v), where=v > 0)
+        np.testing.assert_array_less(abs(updates[t - 1] - expected), 64 * t * EPS * scale / b + 1e-300)
+    assert not optimizer.last_clipped
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1e2, 1e3, 1e4]))
+def test_m6_large_a_equal_to_b_is_adam_without_eps(seed, a):
+    gradients, lr, betas = np.random.default_rng(seed).normal(size=(10, 3)), 0.1, (0.9, 0.99)
+    updates = run(gradients, lr=lr, betas=betas, max_angle=math.pi, a=a, b=a)[0]
+    w = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    adam = torch.optim.Adam([w], lr=lr, betas=betas, eps=0.0)
+    for t, g in enumerate(gradients, start=1):
+        w.data.zero_()
+        w.grad = torch.tensor(g)
+        adam.step()
+        step = -w.detach().numpy() / lr  # m-hat / sqrt(v-hat)
+        error = abs(updates[t - 1] / lr - step)
+        assert (error <= abs(step)**3 / (3 * a**2) + 1e-12).all()  # 1e-12: a few thousand eps from cancellation in m
+        if abs(step).max() > 0.3 and a == 1e2:
+            assert error.max() > abs(step).max()**3 / (4 * a**2)  # the cubic term is really there
+
+
+@given(gradient_sequences, st.floats(0.2, 5))
+def test_m6_zero_betas_are_sign_descent(gradients, b):
+    updates = run(gradients, lr=0.1, betas=(0.0, 0.0), max_angle=math.pi, a=1.5, b=b)[0]
+    np.testing.assert_allclose(updates, 0.15 * math.atan(1 / b) * np.sign(gradients), rtol=8 * EPS)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_m6_max_angle_zero_freezes_the_direction_of_the_first_gradient(seed):
+    gradients = np.random.default_rng(seed).normal(size=(20, 3))
+    _, momenta, _ = run(gradients, max_angle=0.0)
+    for m in momenta:
+        assert plane_angle(gradients[0], m) <= 256 * EPS  # never moves, whatever the gradients say
+
+
+# -- M7: descent and circling ---------------------------------------------------------------------------------------------
+
+@given(pairs(), st.floats(HALF_PI, math.pi))
+def test_m7_rotated_gradient_never_ascends_from_pi_over_2_on(pair, max_angle):
+    g, m, theta = pair
+    inner = clip(g, m, max_angle) @ g / (g @ g)
+    tol = 16 * EPS / math.sin(theta)
+    assert inner == pytest.approx(math.cos(max(theta - max_angle, 0)), abs=tol)
+    assert inner >= -tol
+
+
+@given(st.floats(0, HALF_PI - 0.02), st.floats(0.01, 0.99), st.floats(0.1, 10))
+def test_m7_false_below_pi_over_2_gradients_far_from_the_momentum_become_ascent(max_angle, fraction, size):
+    theta = max_angle + HALF_PI + fraction * (HALF_PI - max_angle - 0.005)  # between max_angle + pi / 2 and pi
+    g, m = size * np.array([math.cos(theta), math.sin(theta)]), np.array([1.0, 0.0])
+    assert clip(g, m, max_angle) @ g < 0
+
+
+def test_m7_momentum_itself_may_ascend_at_any_cap():
+    for max_angle in (HALF_PI, math.pi):  # a property of momentum, not of the cap
+        g = np.array([-1.0, 0.1])
+        _, momenta, _ = run([[1.0, 0.0]] * 5 + [g], max_angle=max_angle)
+        assert momenta[-1] @ g < 0
+
+
+@given(gradient_sequences, st.floats(0, HALF_PI), st.just(0.0) | st.floats(0.01, 0.95))
+def test_m7_without_restart_momentum_is_at_least_cos_max_angle_times_the_average_gradient_norm(gradients, max_angle, beta1):
+    assume(gradients.shape[1] > 1)
+    average, momentum = 0.0, np.zeros(gradients.shape[1])
+    for t in range(1, len(gradients) + 1):
+        momenta, optimizer = run(gradients[:t], betas=(beta1, 0.9), max_angle=max_angle)[1:]
+        g, old, momentum = gradients[t - 1], momentum, momenta[-1]
+        norm = np.linalg.norm(g)
+        restarted = old.any() and norm > 0 and plane_angle(old, g) > math.pi - 1e-7
+        average = 0.0 if restarted else beta1 * average
+        average += (1 - beta1) * norm
+        assert np.linalg.norm(momentum) >= math.cos(max_angle) * average * (1 - 1e-7)  # eps / sin(theta) down to 1e-8
+        if not restarted:  # and it brakes no faster than beta1 per step
+            assert np.linalg.norm(momentum) >= beta1 * np.linalg.norm(old) * (1 - 1e-7)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1.5), st.sampled_from([0.0, 0.5, 0.9]))
+def test_m7_steps_under_constant_gradient_norm_never_shrink_below_atan_cos_max_angle(seed, max_angle, beta1):
+    gradients = np.random.default_rng(seed).normal(size=(30, 5))
+    gradients /= np.linalg.norm(gradients, axis=1, keepdims=True)
+    updates = run(gradients, lr=1.0, a=1.0, b=1.0, betas=(beta1, 0.99), max_angle=max_angle)[0]
+    assert (abs(updates).max(1) >= math.atan(math.cos(max_angle)) * (1 - 1e-9)).all()
+
+
+def steady_ratio(max_angle, beta1):
+    """x*, the fixed point of |m| / |g| when every step is clipped."""
+    c, s = math.cos(max_angle), math.sin(max_angle)
+    return (beta1 * c + math.sqrt(1 - (beta1 * s)**2)) / (1 + beta1)
+
+
+def steady_turn(max_angle, beta1):
+    x = steady_ratio(max_angle, beta1)
+    return math.atan2((1 - beta1) * math.sin(max_angle), beta1 * x + (1 - beta1) * math.cos(max_angle))
+
+
+@given(st.floats(0.05, 3.0), st.floats(0.0, 0.98), st.sampled_from([1.0, -1.0]))
+def test_m7_exact_circular_orbit_under_steps_of_constant_length_along_the_momentum(max_angle, beta1, side):
+    psi, h = steady_turn(max_angle, beta1), 0.1
+    R = h / (2 * math.sin(psi / 2))
+    assert R >= h / (2 * math.sin(max_angle / 2)) * (1 - 1e-12)  # M3: psi <= max_angle
+    w = np.array([R, 0.0])  # at polar angle 0 the last chord pointed along pi/2 - psi/2, and m against it
+    m = -steady_ratio(max_angle, beta1) * R * np.array([math.cos(HALF_PI - psi / 2), side * math.sin(HALF_PI - psi / 2)])
+    for k in range(1, 7):  # f = |w|^2 / 2, so g = w; a few steps show invariance, many would test stability
+        assert plane_angle(m, w) == pytest.approx(HALF_PI + psi / 2, abs=2**14 * EPS)  # beyond max_angle: clipped
+        m = beta1 * m + (1 - beta1) * clip(w, m, max_angle)
+        w = w - h * unit(m)
+        expected = R * np.array([math.cos(k * psi), side * math.sin(k * psi)])
+        np.testing.assert_allclose(w, expected, rtol=0, atol=2**14 * EPS * R)  # eps / sin(3.0), and h is recovered from R / h up to 20
+
+
+def orbit_radius_estimate(max_angle, beta1, lr, a=4 / math.pi, b=1.0):
+    x, alpha = steady_ratio(max_angle, beta1), np.arange(720) * 2 * math.pi / 720
+    h = lr * a * np.hypot(np.arctan(math.sqrt(2) * x * np.cos(alpha) / b), np.arctan(math.sqrt(2) * x * np.sin(alpha) / b))
+    return h.mean() / (2 * math.sin(steady_turn(max_angle, beta1) / 2))
+
+
+def circle(max_angle, steps, lr=0.01, start=(1.0, 0.4), betas=(0.9, 0.99)):
+    """|w_t| of MoClip on f = |w|^2 / 2. beta2 = 0.99 settles ten times sooner than 0.999, on the same orbit."""
+    w = torch.nn.Parameter(torch.tensor(start, dtype=torch.float64))
+    optimizer, radii = MoClip([w], lr=lr, betas=betas, max_angle=max_angle), []
+    for _ in range(steps):
+        w.grad = w.detach().clone()
+        optimizer.step()
+        radii.append(w.detach().norm().item())
+    return np.array(radii)
+
+
+@pytest.mark.parametrize("max_angle", [0.3, 0.5, 0.8, 1.2, HALF_PI, 2.0])
+def test_m7_simulated_orbit_has_the_estimated_radius(max_angle):
+    radii = circle(max_angle, 2500)[-500:]
+    assert radii.mean() == pytest.approx(orbit_radius_estimate(max_angle, 0.9, 0.01), rel=0.03)  # an averaged estimate
+    assert radii.min() > 0.8 * radii.max()  # a circle, not an excursion
+
+
+def test_m7_from_pi_over_2_on_the_iterates_end_within_about_one_step_and_at_small_caps_tens_of_steps_away():
+    assert circle(0.3, 2500)[-500:].mean() > 40 * 0.01
+    assert circle(HALF_PI, 2500)[-500:].mean() < 1.1 * 0.01
+    assert circle(math.pi, 2500)[-500:].max() < 0.5 * 0.01
+
+
+@given(st.floats(0.2, math.pi), st.integers(-4, 4))
+def test_m7_on_a_quadratic_all_lengths_are_proportional_to_lr(max_angle, exponent):
+    c = 2.0**exponent
+    assert (c * circle(max_angle, 40) == circle(max_angle, 40, lr=0.01 * c, start=(c, 0.4 * c))).all()  # bit for bit
+
+
+def test_m7_max_angle_zero_walks_away_from_the_minimum_for_ever():
+    radii = circle(0.0, 1000, start=(1.0, 0.4))
+    assert radii[-1] > 5 and (np.diff(radii[500:]) > 0).all()
+
+
+# -- M8: noise amplification ----------------------------------------------------------------------------------------------
+
+@given(st.floats(0, HALF_PI), st.floats(0, 0.99), st.floats(0, 5))
+def test_m8_fixed_point_recursion_contracts_by_beta1_to_the_stated_root(max_angle, beta1, x):
+    c, start = math.cos(max_angle), x
+    root = steady_ratio(max_angle, beta1)
+    assert (1 - beta1**2) * root**2 - 2 * beta1 * (1 - beta1) * c * root - (1 - beta1)**2 == pytest.approx(0, abs=16 * EPS)
+    assert c - 8 * EPS <= root <= 1 + 8 * EPS
+    for k in range(1, 30):
+        g = np.array([math.cos(max_angle), math.sin(max_angle)])  # |g| = 1, clipped, in the plane of m = (x, 0)
+        x = math.hypot(*(beta1 * np.array([x, 0.0]) + (1 - beta1) * g))
+        assert abs(x - root) <= beta1**k * abs(start - root) + 64 * EPS
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.2, 1.2), st.floats(0.1, 0.95))
+def test_m8_momentum_follows_the_recursion_exactly_while_every_step_is_clipped(seed, max_angle, beta1):
+    rng = np.random.default_rng(seed)
+    x, w = 0.0, torch.nn.Parameter(torch.zeros(6, dtype=torch.float64))
+    optimizer = MoClip([w], betas=(beta1, 0.99), max_angle=max_angle)
+    for t in range(25):
+        g = rng.normal(size=6)
+        m = optimizer.state[w]["exp_avg"].numpy() if t else np.zeros(6)
+        if t:  # reflect into the half space away from m and off the axis: the angle lies in (max_angle, pi - 0.01)
+            g -= max(0.0, g @ unit(m)) * 2 * unit(m)
+            assume(plane_angle(m, g) < math.pi - 0.01)
+        w.grad = torch.tensor(unit(g))
+        before = m.copy()
+        optimizer.step()
+        assert bool(optimizer.last_clipped) == (t > 0)
+        c = math.cos(max_angle)
+        x = math.sqrt(beta1**2 * x**2 + 2 * beta1 * (1 - beta1) * c * x + (1 - beta1)**2)
+        now = optimizer.state[w]["exp_avg"].numpy()
+        assert np.linalg.norm(now) == pytest.approx(x, rel=1e-11)  # 25 steps, eps / sin(theta) each
+        if t:
+            turn = math.atan2((1 - beta1) * math.sin(max_angle),
+                              beta1 * np.linalg.norm(before) + (1 - beta1) * math.cos(max_angle))
+            assert plane_angle(before, now) == pytest.approx(turn, abs=1e-11)
+
+
+def noise_run(max_angle, beta1, dimensions, steps, seed=0):
+    """(|m| / |g| at the end, mean cosine of successive momenta, |sum of momenta|^2 / steps, every later step clipped)."""
+    rng = np.random.default_rng(seed)
+    w = torch.nn.Parameter(torch.zeros(dimensions, dtype=torch.float64))
+    optimizer = MoClip([w], betas=(beta1, 0.99), max_angle=max_angle)
+    total, cosines, clipped, previous, burn_in = np.zeros(dimensions), [], True, None, 300
+    for t in range(burn_in + steps):
+        w.grad = torch.tensor(unit(rng.normal(size=dimensions)))
+        optimizer.step()
+        m = optimizer.state[w]["exp_avg"].numpy().copy()
+        clipped &= t == 0 or bool(optimizer.last_clipped)
+        if t >= burn_in:
+            total += m
+            cosines.append(unit(previous) @ unit(m))
+        previous = m
+    return np.linalg.norm(m), np.mean(cosines), total @ total / steps, clipped
+
+
+@pytest.mark.parametrize("degrees", [45, 60])
+def test_m8_isotropic_noise_keeps_the_momentum_at_the_stated_length_and_lets_it_persist(degrees):
+    D, beta1, steps = math.radians(degrees), 0.9, 1000
+    length, cosine, diffusion, clipped = noise_run(D, beta1, 4000, steps)
+    x = steady_ratio(D, beta1)
+    assert clipped  # so the recursion is exact, noise or not
+    assert length == pytest.approx(x, rel=1e-9)
+    cos_psi = beta1 + (1 - beta1) * math.cos(D) / x
+    assert cosine == pytest.approx(cos_psi, rel=1e-9)
+    finite = x**2 * ((1 + cos_psi) / (1 - cos_psi) - 2 * cos_psi * (1 - cos_psi**steps) / (1 - cos_psi)**2 / steps)
+    assert diffusion == pytest.approx(finite, rel=0.2)  # about five standard deviations of a 4000-dimensional square
+
+
+def test_m8_without_the_cap_noise_momentum_settles_at_the_ema_value():
+    length, cosine, diffusion, _ = noise_run(math.pi, 0.9, 4000, 1000)
+    assert length == pytest.approx(math.sqrt((1 - 0.9) / (1 + 0.9)), rel=0.15)  # about 5 / sqrt(dimensions / 10)
+    assert cosine == pytest.approx(0.9, abs=0.01)
+    assert diffusion == pytest.approx(1, rel=0.15)
+    at_default, *_ = noise_run(HALF_PI, 0.9, 4000, 100)
+    assert at_default == pytest.approx(length, rel=0.15)
+
+
+def test_m8_false_in_few_dimensions_where_noise_is_not_orthogonal():
+    lengths = [noise_run(HALF_PI, 0.9, 2, 100, seed)[0] for seed in range(8)]
+    # in 2-D half of the steps point along m by 2 / pi of their length on average: the default cap amplifies there
+    assert np.mean(lengths) > 1.5 * math.sqrt((1 - 0.9) / (1 + 0.9))
+
+
+# -- M9: neighbourhood of convergence ---------------------------------------------------------------------------------------
+
+def descend(L, start, steps, bias, lr, betas=(0.0, 0.0), max_angle=math.pi, b=1.0):
+    """MoClip on f = sum L_i w_i^2 / 2 with gradient L w + bias(L w, t): (true gradients (T, d), entered (T, d), updates)."""
+    w = torch.nn.Parameter(torch.tensor(start, dtype=torch.float64))
+    optimizer = MoClip([w], lr=lr, betas=betas, max_angle=max_angle, b=b)
+    true, errors = [], []
+    for t in range(steps):
+        gradient = L * w.detach().numpy()
+        e = bias(gradient, t)
+        w.grad = torch.tensor(gradient + e)
+        optimizer.step()
+        true.append(gradient)
+        errors.append(e)
+    return np.array(true), np.array(errors), optimizer
+
+
+@given(hnp.arrays(np.float64, 3, elements=st.floats(0.1, 4)), hnp.arrays(np.float64, 3, elements=st.floats(-2, 2)),
+       st.floats(0, 2), st.floats(0.001, 0.3), st.floats(0.3, 3), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_m9_sign_limit_reaches_the_stated_neighbourhood_under_any_bias(L, start, B, lr, b, steps, seed):
+    rng = np.random.default_rng(seed)
+
+    def bias(gradient, t):  # half random, half hostile: cancel the smallest coordinates while the budget lasts
+        if t % 2:
+            e = rng.normal(size=3)
+            return B * e / abs(e).sum()
+        e, left = np.zeros(3), B
+        for i in np.argsort(abs(gradient)):
+            e[i] = -np.sign(gradient[i]) * min(1.001 * abs(gradient[i]), left)
+            left -= abs(e[i])
+        return e
+
+    true, _, _ = descend(L, start, steps, bias, lr, b=b)
+    h = lr * 4 / math.pi * math.atan(1 / b)
+    f0 = (true[0]**2 / L).sum() / 2
+    assert abs(true).sum(1).min() <= (f0 / (h * steps) + 2 * B + h * L.sum() / 2) * (1 + 1e-12)
+
+
+@given(st.floats(0.01, 2), st.floats(0.25, 4), st.floats(0.01, 0.5))
+def test_m9_tight_a_hostile_bias_holds_the_gradient_at_2B_plus_Lhd_over_2_for_ever(B, L, h):
+    hostile = 1 + 1e-9
+
+    def bias(gradient, t):  # turn the sign of the smaller coordinate, at a cost of B (1 + 1e-9)
+        e = np.zeros(2)
+        i = int(np.argmin(abs(gradient)))
+        e[i] = -hostile * gradient[i]
+        return e
+
+    start = [(B + L * h) / L, B / L]
+    true, errors, _ = descend(np.array([L, L]), start, 30, bias, h)
+    bound = 2 * B + L * h * 2 / 2
+    np.testing.assert_allclose(abs(true).sum(1), bound, rtol=1e-9)  # never better than the bias and stability terms
+    assert abs(errors).sum(1).max() <= B * (1 + 1e-8)
+
+
+def test_m9_tight_without_bias_the_iterates_oscillate_at_the_stability_term():
+    L, h = np.array([1.0, 2.0, 4.0]), 0.125
+    true, _, _ = descend(L, np.full(3, h / 2), 20, lambda gradient, t: np.zeros(3), h)
+    np.testing.assert_allclose(abs(true).sum(1), h * L.sum() / 2, rtol=1e-12)
+
+
+def test_m9_false_for_a_bias_that_is_not_bounded_in_the_one_norm():
+    flip = lambda gradient, t: -2 * gradient  # noqa: E731
+    true, _, _ = descend(np.ones(2), np.ones(2), 50, flip, 0.1)
+    assert (np.diff(abs(true).sum(1)) > 0).all()  # ascends for ever
+
+
+@given(st.floats(0, 0.95), st.floats(0.0, 0.5), st.floats(0.002, 0.05), st.sampled_from([1.2, 2.0, math.pi]),
+       st.integers(0, 2**32 - 1))
+def test_m9_with_momentum_the_conditional_bound_holds_with_measured_constants(beta1, B, lr, max_angle, seed):
+    rng = np.random.default_rng(seed)
+    L, d, steps, beta2 = np.array([1.0, 0.5, 2.0]), 3, 60, 0.99
+    noise = rng.normal(size=(steps, d))
+    noise *= B / abs(noise).sum(1, keepdims=True)
+    w = torch.nn.Parameter(torch.tensor(rng.normal(size=d)))
+    optimizer = MoClip([w], lr=lr, betas=(beta1, beta2), max_angle=max_angle)
+    true, entered, m = [], [], np.zeros(d)
+    for t in range(steps):
+        gradient = L * w.detach().numpy()
+        w.grad = torch.tensor(gradient + noise[t])
+        optimizer.step()
+        now = optimizer.state[w]["exp_avg"].numpy().copy()
+        entered.append((now - beta1 * m) / (1 - beta1))
+        true.append(gradient)
+        m = now
+        assume(float(optimizer.last_angle) < math.pi - 1e-6)  # no restart
+    true, entered = np.array(true), np.array(entered)
+    a, h = 4 / math.pi, lr
+    H = lr * a * math.atan(math.sqrt(C_squared(beta1, beta2, steps)))
+    G = max(abs(true).max(), abs(entered).max())
+    B_all = abs(entered - true).sum(1).max() + d * L.max() * H * beta1 / (1 - beta1)  # bias, rotation and lag
+    f0 = (true[0]**2 / L).sum() / 2
+    bound = G * (f0 / (h * steps) + (1 + H / h) * B_all + L.max() * d * H**2 / (2 * h))
+    assert (true**2).sum(1).min() <= bound * (1 + 1e-9)
+
+
+# -- M10: scopes ----------------------------------------------------------------------------------------------------------
+
+def scope_angles(gradients, momenta, scope):
+    """last_angle after a second step whose momenta are proportional to `momenta` (one per tensor)."""
+    ps = [torch.nn.Parameter(torch.zeros(len(m), dtype=torch.float64)) for m in momenta]
+    optimizer = MoClip(ps, scope=scope, max_angle=math.pi)
+    for vectors in (momenta, gradients):
+        for p, x in zip(ps, vectors):
+            p.grad = torch.tensor(np.asarray(x, dtype=np.float64))
+        optimizer.step()
+    return optimizer.last_angle
+
+
+def test_m10_tensor_angles_of_zero_leave_a_global_angle_near_pi_over_2():
+    momenta, gradients = ([1.0], [0.001]), ([0.001], [1.0])
+    assert float(scope_angles(gradients, momenta, "tensor").max()) <= 4 * EPS
+    expected = math.acos(0.002 / (1 + 1e-6))
+    assert float(scope_angles(gradients, momenta, "global")) == pytest.approx(expected, abs=8 * EPS)
+
+
+def test_m10_small_global_angle_leaves_a_tensor_angle_of_pi():
+    momenta, gradients = ([1.0], [0.001]), ([1.0], [-0.001])
+    assert float(scope_angles(gradients, momenta, "global")) == pytest.approx(2 * math.atan(0.001), abs=8 * EPS)
+    np.testing.assert_allclose(scope_angles(gradients, momenta, "tensor"), [0, math.pi], atol=4 * EPS)
+
+
+@given(st.lists(pairs(), min_size=1, max_size=4))
+def test_m10_tensor_angles_bound_the_global_angle_by_the_larger_of_theirs_and_pi_over_2(tensors):
+    gradients, momenta, thetas = zip(*tensors)
+    overall = float(scope_angles(gradients, momenta, "global"))
+    np.testing.assert_allclose(scope_angles(gradients, momenta, "tensor"), thetas, atol=16 * EPS)
+    assert overall <= max(max(thetas), HALF_PI) + 16 * EPS
+
+
+@given(st.floats(HALF_PI, math.pi - 0.01), st.integers(0, 2**32 - 1))
+def test_m10_tensor_scope_at_the_default_cap_also_caps_the_global_angle(max_angle, seed):
+    rng = np.random.default_rng(seed)
+    ps = [torch.nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (2, 3)]
+    optimizer, beta1 = MoClip(ps, scope="tensor", max_angle=max_angle, betas=(0.5, 0.9)), 0.5
+    for t in range(6):
+        old = np.concatenate([optimizer.state[p]["exp_avg"].numpy() if t else np.zeros(len(p)) for p in ps])
+        for p in ps:
+            p.grad = torch.tensor(rng.normal(size=len(p)) - (2 * old[:len(p)] if len(p) == 2 else 2 * old[-len(p):]))
+        optimizer.step()
+        assume((optimizer.last_angle < math.pi - 1e-3).all())
+        new = np.concatenate([optimizer.state[p]["exp_avg"].numpy() for p in ps])
+        if t:
+            assert plane_angle(old, (new - beta1 * old) / (1 - beta1)) <= max_angle + 1e-11  # eps / 1e-3
