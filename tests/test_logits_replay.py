@@ -1,0 +1,406 @@
+"""Recording and loss against the plain-loop reference, against torch, and at every boundary where input can be bad."""
+
+import io
+import math
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import numpy_reference as reference
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import logits_and_targets, taus
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import logits_replay
+from logits_replay import ReplayRecord, linear_replay_cross_entropy, outside_mass, record_topk, replay_cross_entropy
+
+EPS = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-23, torch.float64: 2.0**-52}
+Z, Y = torch.tensor([[3.0, 2.0, 0.0, 1.0], [0.0, 9.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]), torch.tensor([2, 1, -100])
+RECORD = record_topk(Z, Y, 0.8)
+
+
+def rows_of(record):
+    return [record.token_ids[a:b].tolist() for a, b in zip(record.offsets[:-1], record.offsets[1:])]
+
+
+def probabilities(logits):
+    """What torch takes for the softmax: the reference ranks and adds these very numbers."""
+    return logits.softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------ record
+
+@pytest.mark.parametrize("dtype", EPS)
+@given(data=st.data(), tau=taus, max_size=st.one_of(st.none(), st.integers(1, 80)))
+def test_record_equals_the_reference_token_for_token(dtype, data, tau, max_size):
+    logits, target = data.draw(logits_and_targets(dtype))
+    record = record_topk(logits, target, tau, max_size=max_size)
+    rows, outside = reference.record_topk(probabilities(logits), target.tolist(), tau, max_size)
+    assert rows_of(record) == rows
+    # a float32 sum of at most V <= 1500 terms of total <= 1, added pairwise: under 16 roundings each
+    assert record.outside_mass.tolist() == pytest.approx(outside, rel=16 * EPS[torch.float32], abs=1e-38)
+    assert (record.vocab_size, record.tau, len(record)) == (logits.shape[1], tau, len(target))
+    assert record.subset_sizes.tolist() == [len(row) for row in rows]
+
+
+def test_uniform_row_reaches_a_dyadic_tau_exactly():
+    record = record_topk(torch.zeros(1, 8), torch.tensor([0]), 0.5)
+    assert rows_of(record) == [[0, 1, 2, 3]] and record.outside_mass.tolist() == [0.5]
+
+
+@pytest.mark.parametrize("V", [64, 65, 66, 1024, 1025, 3000])
+@pytest.mark.parametrize("K", [1, 2, 63, 64, 65, 66])
+def test_ties_at_the_edge_of_the_top_64_go_to_the_lowest_ids(V, K):
+    K = min(K, V)  # of V equally probable tokens, K are needed
+    record = record_topk(torch.zeros(1, V), torch.tensor([V - 1]), (K - 0.5) / V)
+    assert rows_of(record) == [sorted({*range(K), V - 1})]
+
+
+def test_tau_one_takes_all_that_is_needed_and_no_more():
+    z = torch.tensor([[0.0, -200.0, 0.0, -200.0]])  # exp(-200) is 0 in float32: the two others reach 1
+    assert rows_of(record_topk(z, torch.tensor([0]), 1.0)) == [[0, 2]]
+    assert rows_of(record_topk(z.double(), torch.tensor([0]), 1.0)) == [[0, 2]]
+    thirds = torch.zeros(1, 3).double()  # three times the rounded 1/3 is 1, two times is not
+    assert rows_of(record_topk(thirds, torch.tensor([0]), 1.0)) == [[0, 1, 2]]
+
+
+def test_max_size_counts_gold_which_displaces_the_last_token():
+    z, y = torch.tensor([[5.0, 4.0, 3.0, 0.0]]), torch.tensor([3])
+    assert rows_of(record_topk(z, y, 0.99, max_size=2)) == [[0, 3]]
+    assert rows_of(record_topk(z, y, 0.99, max_size=1)) == [[3]]
+    assert rows_of(record_topk(z, y, 0.99, max_size=9)) == [[0, 1, 2, 3]]
+    assert rows_of(record_topk(z, torch.tensor([1]), 0.99, max_size=2)) == [[0, 1]]
+
+
+@given(st.integers(1, 3), st.integers(1, 4))
+def test_leading_dimensions_are_flattened_row_major(B, T):
+    z, y = torch.randn(B, T, 9), torch.randint(9, (B, T))
+    assert rows_of(record_topk(z, y, 0.7)) == rows_of(record_topk(z.reshape(-1, 9), y.flatten(), 0.7))
+
+
+@given(logits_and_targets(), st.data())
+def test_outside_mass_equals_the_reference_under_another_model(case, data):
+    logits, target = case
+    record = record_topk(logits, target, 0.6)
+    other = logits + torch.tensor(np.random.default_rng(data.draw(st.integers(0, 99))).normal(size=logits.shape)).float()
+    expected = reference.outside_mass(other.tolist(), rows_of(record))
+    # a relative error of a few eps |z| in exp, so of at most 1e4 eps for the widest rows; the sum itself adds less
+    scale = 4 * EPS[torch.float32] * (8 + other.abs().amax().item())
+    assert outside_mass(other, record).tolist() == pytest.approx(expected, rel=scale, abs=1e-37)
+
+
+def test_outside_mass_is_differentiable_and_keeps_small_values():
+    z = torch.tensor([[30.0, 0.0, 0.0]], requires_grad=True)
+    record = record_topk(z, torch.tensor([0]), 0.5)
+    rho = outside_mass(z, record)
+    assert rho.item() == pytest.approx(2 * math.exp(-30), rel=1e-5)
+    rho.sum().backward()  # d rho / d z_0 = -rho (1 - rho)
+    assert z.grad[0, 0].item() == pytest.approx(-rho.item(), rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------- loss
+
+def both_forms(z, target, record, bias=None, **options):
+    """The loss from logits, and by the linear form whose hidden states are the logits and whose head is the identity."""
+    yield z, replay_cross_entropy(z if bias is None else z + bias, target, record, **options)
+    eye = torch.eye(z.shape[1], dtype=z.dtype)
+    yield z, linear_replay_cross_entropy(z, eye, target, record, linear_bias=bias, **options)
+
+
+@given(logits_and_targets(torch.float64, sizes=(1, 2, 3, 8, 40, 70)), taus)
+def test_loss_and_gradient_equal_the_reference(case, tau):
+    logits, target = case
+    record = record_topk(logits, target, tau)
+    losses, gradients = reference.replay_cross_entropy(logits.tolist(), target.tolist(), rows_of(record))
+    scale = 1 + logits.abs().amax().item()  # exp(z) has relative error eps |z|
+    for z, loss in both_forms(logits.clone().requires_grad_(), target, record, reduction="none"):
+        assert loss.tolist() == pytest.approx(losses, rel=1e-15, abs=8 * EPS[torch.float64] * scale)
+        gradient, = torch.autograd.grad(loss.sum(), z)
+        assert gradient.numpy() == pytest.approx(np.array(gradients), abs=8 * EPS[torch.float64] * scale)
+        outside = torch.ones_like(logits, dtype=torch.bool)
+        outside[record.rows, record.token_ids.long()] = False
+        assert not gradient[outside].any()  # exactly zero
+
+
+@given(st.data())
+def test_linear_form_equals_the_reference_in_every_argument(data):
+    z, y = data.draw(logits_and_targets(torch.float64, sizes=(2, 5, 30)))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    (N, V), d = z.shape, 3
+    h, W, bias = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in ((N, d), (V, d), (V,)))
+    record = record_topk(z, y, 0.8)
+    loss = linear_replay_cross_entropy(h, W, y, record, linear_bias=bias, reduction="sum")
+    losses, gradients = reference.replay_cross_entropy(reference.linear(h.tolist(), W.tolist(), bias.tolist()), y.tolist(), rows_of(record))
+    assert loss.item() == pytest.approx(math.fsum(losses), abs=1e-13)
+    for mine, expected in zip(torch.autograd.grad(loss, (h, W, bias)), reference.linear_gradients(h.tolist(), W.tolist(), gradients)):
+        assert mine.numpy() == pytest.approx(np.array(expected), abs=1e-13)  # N d + V terms of size 10 at most
+
+
+@given(logits_and_targets(torch.float64), st.sampled_from(["mean", "sum", "none"]))
+def test_on_the_whole_vocabulary_it_is_cross_entropy(case, reduction):
+    logits, target = case
+    (N, V), counted = logits.shape, target != -100
+    record = ReplayRecord(torch.arange(V, dtype=torch.int32).repeat(int(counted.sum())),
+                          torch.cat([torch.zeros(1, dtype=torch.int64), (counted * V).cumsum(0)]), torch.zeros(N), V, 1.0)
+    expected = F.cross_entropy(logits, target, reduction=reduction)  # nan for "mean" where all are ignored
+    for _, loss in both_forms(logits, target, record, reduction=reduction):
+        torch.testing.assert_close(loss, expected, equal_nan=True, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_only_ignored_rows_give_what_cross_entropy_gives_and_no_gradient(reduction):
+    z, y = torch.randn(3, 5, requires_grad=True), torch.full((3,), -100)
+    for leaf, loss in both_forms(z, y, record_topk(z, y, 0.9), reduction=reduction):
+        torch.testing.assert_close(loss, F.cross_entropy(z, y, reduction=reduction), equal_nan=True)
+        assert not torch.autograd.grad(loss.sum(), leaf)[0].any()
+
+
+def test_shapes_ignore_index_and_reductions_are_those_of_cross_entropy():
+    z, y = torch.randn(2, 3, 7), torch.randint(7, (2, 3))
+    y[0, 1] = 4
+    record = record_topk(z, y, 0.9, ignore_index=4)
+    losses = replay_cross_entropy(z, y, record, ignore_index=4, reduction="none")
+    assert losses.shape == (2, 3) and losses[y == 4].eq(0).all()
+    assert torch.equal(replay_cross_entropy(z, y, record, ignore_index=4), losses.sum() / (y != 4).sum())
+
+
+@pytest.mark.parametrize("form", [0, 1])
+def test_derivatives_and_second_derivatives(form):
+    torch.manual_seed(0)
+    h, W, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 4), (20, 4), (20,)))
+    y = torch.tensor([3, 19, -100, 0, 7, 7])
+    record = record_topk(h @ W.T + b, y, 0.9)
+    function = (lambda h, W, b: replay_cross_entropy(h @ W.T + b, y, record),
+                lambda h, W, b: linear_replay_cross_entropy(h, W, y, record, linear_bias=b))[form]
+    assert torch.autograd.gradcheck(function, (h, W, b)) and torch.autograd.gradgradcheck(function, (h, W, b))
+
+
+def test_gathering_and_sampling_agree():
+    torch.manual_seed(0)
+    h, W = torch.randn(6, 4), torch.randn(20, 4)
+    record = record_topk(h @ W.T, torch.arange(6), 0.9)
+    sampled = logits_replay._SampledLogits.apply(h, W, record.rows, record.offsets.int(), record.token_ids)
+    # d = 4 products, each rounded once and added with three more roundings
+    torch.testing.assert_close(sampled, logits_replay._gathered_logits(h, W, record.rows, record.token_ids), rtol=0, atol=8 * 2.0**-23 * 16)
+
+
+def test_a_frozen_head_or_body_gets_no_gradient():
+    h, W = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4)
+    record = record_topk(h @ W.T, torch.arange(3), 0.9)
+    linear_replay_cross_entropy(h, W, torch.arange(3), record).backward()
+    assert h.grad is not None and W.grad is None
+    linear_replay_cross_entropy(h.detach(), W.requires_grad_(), torch.arange(3), record).backward()
+    assert W.grad is not None
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_huge_logits_stay_finite(size):
+    z = torch.tensor([[size, 0.0, -size], [-size, size, 0.0]], requires_grad=True)
+    y = torch.tensor([2, 1])
+    for leaf, loss in both_forms(z, y, record_topk(z, y, 1.0), reduction="none"):
+        assert loss.isfinite().all() and torch.autograd.grad(loss.sum(), leaf)[0].isfinite().all()
+        assert loss.tolist() == pytest.approx(F.cross_entropy(z, y, reduction="none").tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_accumulated_in_float32(dtype):
+    torch.manual_seed(0)
+    h, W, y = torch.randn(8, 64).to(dtype), torch.randn(500, 64).to(dtype) / 8, torch.randint(500, (8,))
+    record = record_topk(h @ W.T, y, 0.9)
+    exact = linear_replay_cross_entropy(h.double(), W.double(), y, record)
+    mine = linear_replay_cross_entropy(h.requires_grad_(), W.requires_grad_(), y, record)
+    assert mine.dtype == torch.float32 and mine.item() == pytest.approx(exact.item(), rel=64 * 2.0**-23)  # 64 products
+    mine.backward()
+    assert h.grad.dtype == W.grad.dtype == dtype
+    assert linear_replay_cross_entropy(h, W.float(), y, record).item() == pytest.approx(exact.item(), rel=64 * 2.0**-23)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest storage that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel() if x.layout == torch.strided else x._nnz())
+        return result
+
+
+def test_the_linear_form_never_makes_an_N_by_V_tensor():
+    N, V, d = 300, 5000, 4
+    h, W, y = torch.randn(N, d, requires_grad=True), torch.randn(V, d, requires_grad=True), torch.randint(V, (N,))
+    record = ReplayRecord(y.int(), torch.arange(N + 1), torch.zeros(N), V, 0.5)
+    with LargestTensor() as seen:
+        linear_replay_cross_entropy(h, W, y, record).backward()
+    assert seen.elements <= V * d  # dL/dW
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("change, message", [
+    (dict(tau=0.0), r"tau must lie in \(0, 1\]"), (dict(tau=1.01), "tau must"), (dict(tau=math.nan), "tau must"),
+    (dict(max_size=0), "max_size must be at least 1"),
+    (dict(target=torch.tensor([2, 4, 0])), r"target must lie in \[0, 4\).*row 1"),
+    (dict(target=torch.tensor([2, 1, -1])), r"target.*row 2"), (dict(target=torch.tensor([2.0, 1.0, 0.0])), "target must hold integers"),
+    (dict(target=torch.tensor([2, 1])), "logits of leading shape"),
+    (dict(logits=torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.0, math.inf, 0.0, 0.0], [0.0] * 4])), r"logits must be finite \(row 1\)"),
+    (dict(logits=torch.tensor([[0.0] * 4, [0.0] * 4, [0.0, -math.inf, 0.0, 0.0]])), r"logits must be finite \(row 2\)"),
+    (dict(logits=torch.tensor([[math.nan] + [0.0] * 3] + [[0.0] * 4] * 2)), r"logits must be finite \(row 0\)"),
+    (dict(logits=torch.zeros(3, 4, dtype=torch.int64)), "logits must be floating point"),
+])
+def test_bad_input_to_record_topk(change, message):
+    with pytest.raises(ValueError, match=message):
+        record_topk(**{**dict(logits=Z, target=Y, tau=0.9), **change})
+
+
+def test_finite_logits_with_an_infinite_sum_are_not_refused():
+    assert rows_of(record_topk(torch.full((1, 4), 3e38), torch.tensor([0]), 0.25)) == [[0]]
+
+
+@pytest.mark.parametrize("logits, target, record, options, message", [
+    (Z[:2], Y[:2], RECORD, {}, "does not fit the record of N = 3 and V = 4"), (Z[:, :3], Y, RECORD, {}, "V = 3 tokens"),
+    (Z, torch.tensor([2, 0, -100]), RECORD, {}, r"target must be in its recorded row.*row 1"),
+    (Z, torch.tensor([2, 1, 0]), RECORD, {}, r"target must be in its recorded row.*row 2"),
+    (Z, torch.tensor([2, 9, -100]), RECORD, {}, r"target must lie in \[0, 4\).*row 1"),
+    (Z * torch.tensor([[1.0], [math.nan], [1.0]]), Y, RECORD, {}, "finite.*row 1"), (Z, Y[:2], RECORD, {}, "of leading shape"),
+    (Z, Y, RECORD, dict(reduction="avg"), "reduction must be"),
+])
+def test_bad_input_to_both_losses(logits, target, record, options, message):
+    with pytest.raises(ValueError, match=message):
+        replay_cross_entropy(logits, target, record, **options)
+    with pytest.raises(ValueError, match=message):
+        linear_replay_cross_entropy(logits, torch.eye(4)[:logits.shape[1], :logits.shape[1]], target, record, **options)
+
+
+def test_bad_shapes_to_the_linear_form_and_to_outside_mass():
+    with pytest.raises(ValueError, match=r"linear_weight must have shape \(V, 4\)"):
+        linear_replay_cross_entropy(Z, torch.eye(3), Y, RECORD)
+    with pytest.raises(ValueError, match=r"linear_bias must have shape \(4,\)"):
+        linear_replay_cross_entropy(Z, torch.eye(4), Y, RECORD, linear_bias=torch.zeros(3))
+    for logits, message in ((Z[:2], "N = 2"), (Z[:, :3], "V = 3"), (Z.log(), "finite")):
+        with pytest.raises(ValueError, match=message):
+            outside_mass(logits, RECORD)
+
+
+# --------------------------------------------------------------------------------------------------- the record itself
+
+@given(logits_and_targets(), st.lists(st.integers(0, 10**6), max_size=12))
+def test_select_takes_rows_in_order_and_repeats_them(case, positions):
+    record = record_topk(*case, 0.8)
+    positions = [i % len(record) for i in positions]
+    chosen = record.select(positions)
+    assert rows_of(chosen) == [rows_of(record)[i] for i in positions]
+    assert chosen.outside_mass.tolist() == [record.outside_mass[i] for i in positions]
+
+
+@pytest.mark.parametrize("positions", [[3], [-1], [0.5], [True, False, True]])
+def test_positions_outside_the_record_are_refused(positions):
+    with pytest.raises(ValueError, match="positions must"):
+        RECORD.select(positions)
+
+
+def test_concat_joins_in_order_and_refuses_what_differs():
+    joined = ReplayRecord.concat([RECORD, RECORD.select([1]), RECORD.select([])])
+    assert rows_of(joined) == rows_of(RECORD) + [rows_of(RECORD)[1]]
+    with pytest.raises(ValueError, match=r"records\[1\]"):
+        ReplayRecord.concat([RECORD, record_topk(Z, Y, 0.9)])
+    with pytest.raises(ValueError, match="at least one"):
+        ReplayRecord.concat([])
+
+
+FIELDS = dict(token_ids=RECORD.token_ids, offsets=RECORD.offsets, outside_mass=RECORD.outside_mass, vocab_size=4, tau=0.8)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(token_ids=torch.tensor([0, 1, 2, 1])), "token_ids must be one-dimensional torch.int32"),
+    (dict(token_ids=torch.tensor([0, 2, 1, 1], dtype=torch.int32)), r"ascending without duplicates \(row 0\)"),
+    (dict(token_ids=torch.tensor([0, 1, 1, 1], dtype=torch.int32)), r"ascending without duplicates \(row 0\)"),
+    (dict(token_ids=torch.tensor([0, 1, 4, 1], dtype=torch.int32)), r"token_ids must lie in \[0, 4\)"),
+    (dict(token_ids=torch.tensor([-1, 1, 2, 1], dtype=torch.int32)), "token_ids must lie"),
+    (dict(offsets=torch.tensor([0, 3, 4])), "offsets must hold 4"), (dict(offsets=torch.tensor([1, 3, 4, 4])), "offsets must hold"),
+    (dict(offsets=torch.tensor([0, 3, 4, 5])), "offsets must hold"), (dict(offsets=torch.tensor([0, 4, 3, 4])), r"never decrease \(row 1\)"),
+    (dict(outside_mass=torch.tensor([0.1, -0.1, 0.0])), r"outside_mass.*row 1"),
+    (dict(outside_mass=torch.tensor([0.1, 0.1, math.nan])), r"outside_mass.*row 2"), (dict(outside_mass=torch.zeros(3, 1)), "outside_mass must be"),
+    (dict(vocab_size=0), "vocab_size"), (dict(vocab_size=2**31), "vocab_size"), (dict(tau=0.0), "tau"), (dict(tau=1.5), "tau"),
+])
+def test_a_record_that_breaks_an_invariant_cannot_be_made(change, message):
+    with pytest.raises(ValueError, match=message):
+        ReplayRecord(**{**FIELDS, **change})
+
+
+def same(a, b):
+    return all(torch.equal(torch.as_tensor(getattr(a, name)), torch.as_tensor(getattr(b, name))) for name in FIELDS)
+
+
+@given(logits_and_targets())
+def test_a_file_gives_back_the_record(tmp_path_factory, case):
+    path = tmp_path_factory.mktemp("record") / "record"  # no suffix is added
+    record = record_topk(*case, 0.7)
+    record.save(path)
+    assert same(ReplayRecord.load(path), record)
+    record.select([0]).save(path)
+    assert len(ReplayRecord.load(path)) == 1 and os.listdir(path.parent) == ["record"]
+
+
+def test_a_damaged_file_loads_identically_or_raises_value_error(tmp_path):
+    path = tmp_path / "record.npz"
+    RECORD.save(path)
+    data = path.read_bytes()
+    damaged = [data[:n] for n in range(len(data))]
+    for i in range(len(data)):
+        damaged += [data[:i] + bytes([data[i] ^ mask]) + data[i + 1:] for mask in (0x01, 0x80, 0xFF)]
+    refused = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            assert same(ReplayRecord.load(path), RECORD)
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error)
+    assert refused > len(damaged) / 2
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_loading_executes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("record.npz", "w") as archive:
+        for name in FIELDS:
+            member = io.BytesIO()
+            np.lib.format.write_array(member, np.array([Bomb()], dtype=object), allow_pickle=True)
+            archive.writestr(name + ".npy", member.getvalue())
+    with pytest.raises(ValueError):
+        ReplayRecord.load("record.npz")
+    (tmp_path / "plain").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError):
+        ReplayRecord.load("plain")
+    assert not (tmp_path / "exploded").exists()
+    with pytest.raises(FileNotFoundError):
+        ReplayRecord.load("nowhere")
+
+
+def test_a_crash_while_saving_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "record.npz"
+    RECORD.save(path)
+    before = path.read_bytes()
+
+    def crash(file, **arrays):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez", crash)
+    with pytest.raises(OSError, match="disk full"):
+        RECORD.select([0]).save(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["record.npz"]

@@ -1,0 +1,290 @@
+"""Angle, rotation and optimizer against the plain-loop reference, and MoClip as a citizen of torch.optim."""
+
+import copy
+import math
+import pickle
+
+import numpy_reference as reference
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from strategies import vector_pairs
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moclip import MoClip, angle_between, clip_angle
+
+EPS32, EPS64 = 2.0**-23, 2.0**-52
+max_angles = st.one_of(st.sampled_from([0.0, math.pi / 4, math.pi / 2, math.pi]), st.floats(0, math.pi))
+
+
+# ------------------------------------------------------------------------------------------------- angle and rotation
+
+@pytest.mark.parametrize("dtype, eps, scales", [(torch.float64, EPS64, (-150, 150)), (torch.float32, EPS32, (-30, 30))])
+@given(data=st.data())
+def test_angle_equals_the_reference_at_any_scale(dtype, eps, scales, data):
+    u, v = data.draw(vector_pairs(dtype, scales=scales))
+    theta = angle_between(u, v)
+    assert theta.dtype == dtype and theta.shape == ()
+    # Kahan's formula: a few roundings of unit vectors, plus those of n <= 8 terms
+    assert theta.item() == pytest.approx(reference.angle_between(u.tolist(), v.tolist()), abs=8 * eps)
+
+
+@given(st.floats(1e-300, 1e-3), st.booleans())
+def test_angle_keeps_its_digits_near_zero_and_pi(delta, opposite):
+    u = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    v = torch.tensor([-1.0 if opposite else 1.0, math.tan(delta)], dtype=torch.float64)
+    expected = math.pi - delta if opposite else delta
+    assert angle_between(u, v).item() == pytest.approx(expected, abs=2 * EPS64 * (math.pi if opposite else 1))
+
+
+def test_angle_of_many_entries_does_not_lose_digits():
+    """torch's own float32 norm of 10^7 entries is off by 1e-4: the ratio would be wrong by that much."""
+    u = torch.linspace(0.5, 1.5, 10**7).reshape(1000, -1)
+    v = u.clone()
+    v[::2] *= -1
+    u64, v64 = u.double(), v.double()
+    expected = math.acos((u64 * v64).sum() / (u64.norm() * v64.norm()))  # near pi/2: accurate there
+    assert angle_between(u, v).item() == pytest.approx(expected, abs=16 * EPS32)
+
+
+def test_zero_vectors_turn_nothing():
+    zero, u = torch.zeros(3), torch.tensor([1.0, -2.0, 3.0])
+    assert angle_between(zero, u) == angle_between(u, zero) == angle_between(zero, zero) == 0
+    assert torch.equal(clip_angle(u, zero, 0.1), u) and torch.equal(clip_angle(zero, u, 0.1), zero)
+
+
+@pytest.mark.parametrize("dtype, eps", [(torch.float64, EPS64), (torch.float32, EPS32)])
+@given(data=st.data(), max_angle=max_angles)
+def test_rotation_equals_the_reference(dtype, eps, data, max_angle):
+    g, m = data.draw(vector_pairs(dtype))
+    expected, theta, clipped, antiparallel = reference.clip_angle(g.tolist(), m.tolist(), max_angle, eps)
+    sine = abs(math.sin(theta))
+    assume(abs(theta - max_angle) > 16 * eps or clipped is False and theta < max_angle)  # on one side of the cap for both
+    assume(abs(sine - math.sqrt(eps)) > 64 * eps)  # and of the threshold
+    mine = clip_angle(g, m, max_angle)
+    if not clipped or antiparallel:
+        assert torch.equal(mine, g)
+    else:  # the orthogonal part of g has relative error eps / sin(theta)
+        tolerance = 32 * eps / sine * reference.norm(g.tolist())
+        assert mine.tolist() == pytest.approx(expected, abs=tolerance)
+
+
+@given(vector_pairs(), max_angles)
+def test_rotation_keeps_the_norm_and_the_cap(pair, max_angle):
+    g, m = pair
+    theta = angle_between(g, m).item()
+    assume(math.sin(theta) > 1e-6)
+    mine = clip_angle(g, m, max_angle)
+    tolerance = 32 * EPS64 / math.sin(theta)
+    assert mine.norm().item() == pytest.approx(g.norm().item(), rel=tolerance)
+    assert angle_between(mine, m).item() == pytest.approx(min(theta, max_angle), abs=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rotated_in_float32(dtype):
+    g, m = torch.tensor([0.0, 2.0], dtype=dtype), torch.tensor([1.0, 0.0], dtype=dtype)
+    assert clip_angle(g, m, math.pi / 6).dtype == dtype and angle_between(g, m).dtype == torch.float32
+    assert torch.equal(clip_angle(g, m, math.pi / 6), torch.tensor([3.0**0.5, 1.0]).to(dtype))
+
+
+@pytest.mark.parametrize("g, m, max_angle, message", [
+    (torch.ones(2), torch.ones(3), 1.0, "grad and momentum must have the same shape"), (torch.ones(2).long(), torch.ones(2), 1.0, "grad must be a real"),
+    (torch.ones(2), torch.ones(2) * 1j, 1.0, "momentum must be a real"), (torch.ones(2), torch.ones(2), 3.2, r"max_angle must lie in \[0, pi\]"),
+    (torch.ones(2), torch.ones(2), -0.1, "max_angle"), (torch.ones(2), torch.ones(2), math.nan, "max_angle")])
+def test_bad_input_to_the_rotation(g, m, max_angle, message):
+    with pytest.raises(ValueError, match=message):
+        clip_angle(g, m, max_angle)
+
+
+# ----------------------------------------------------------------------------------------------------------- the step
+
+class Pair:
+    """The same parameters stepped by MoClip and by the reference."""
+
+    def __init__(self, sizes, groups, max_angle, scope, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.weights = [torch.nn.Parameter(torch.randn(n, generator=generator, dtype=torch.float64)) for n in sizes]
+        options = [dict(lr=0.01, betas=(0.9, 0.999), a=4 / math.pi, b=1.0, weight_decay=0.0) | group for group in groups]
+        halves = [self.weights[i::len(options)] for i in range(len(options))]
+        self.optimizer = MoClip([dict(params=half, **option) for half, option in zip(halves, options)], max_angle=max_angle, scope=scope)
+        order = [i for k in range(len(options)) for i in range(len(sizes))[k::len(options)]]
+        self.order, self.scope, self.max_angle = order, scope, max_angle
+        self.plain = [dict(w=self.weights[i].tolist(), m=[0.0] * sizes[i], v=[0.0] * sizes[i], step=0, grad=None) for i in order]
+        self.options = [dict(o, beta1=o["betas"][0], beta2=o["betas"][1]) for k, o in enumerate(options) for _ in halves[k]]
+
+    def step(self, grads):
+        for i, plain in zip(self.order, self.plain):
+            self.weights[i].grad = None if grads[i] is None else torch.tensor(grads[i], dtype=torch.float64)
+            plain["grad"] = grads[i]
+        self.optimizer.step()
+        reports = reference.moclip_step(self.plain, self.options, self.max_angle, self.scope)
+        if reports:
+            angles, clipped = zip(*reports)
+            assert self.optimizer.last_angle.reshape(-1).tolist() == pytest.approx(angles, abs=1e-9)
+            assert self.optimizer.last_clipped.reshape(-1).tolist() == list(clipped)
+        for i, plain in zip(self.order, self.plain):
+            # each step adds a few eps (of weights near 1, steps of 0.02); the rotation amplifies by 1/sin(theta) < 1e3 here
+            assert self.weights[i].tolist() == pytest.approx(plain["w"], abs=1e-11)
+        return reports
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize("max_angle", [0.3, math.pi / 4, math.pi / 2, math.pi])
+@pytest.mark.parametrize("groups", [[{}], [dict(weight_decay=0.1)], [dict(lr=0.03, betas=(0.5, 0.9)), dict(b=2.0, a=1.0, betas=(0.0, 0.99))]])
+def test_trajectory_equals_the_reference(scope, max_angle, groups):
+    pair = Pair([3, 1, 4, 2], groups, max_angle, scope)
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda n, scale: (scale * torch.randn(n, generator=generator, dtype=torch.float64)).tolist()
+    seen = []
+    for t in range(30):
+        grads = [draw(n, 10.0 ** (t % 5 - 2)) for n in (3, 1, 4, 2)]
+        if t % 7 == 3:
+            grads[0] = None  # no gradient: neither stepped nor part of the angle
+        if t % 11 == 5:
+            grads[2] = [0.0] * 4
+        if t < 4:
+            grads[1] = None  # frozen, unfrozen later: its own step count
+        seen += pair.step(grads)
+    assert max_angle == math.pi or any(clipped for _, clipped in seen)
+    assert any(not clipped for _, clipped in seen)
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_an_antiparallel_gradient_restarts_the_momentum(scope):
+    pair = Pair([1, 1] if scope == "tensor" else [1], [{}], math.pi / 2, scope)
+    ones = [[1.0], [1.0]][:len(pair.weights)]
+    for _ in range(5):
+        pair.step(ones)
+    pair.step([[-2.0], *ones[1:]])
+    state = pair.optimizer.state[pair.weights[0]]
+    assert state["exp_avg"].item() == pytest.approx(-0.2) and state["step"] == 6  # (1 - beta1) g: nothing is left of before
+    assert pair.optimizer.last_clipped.reshape(-1)[0] and pair.optimizer.last_angle.reshape(-1)[0] == math.pi
+    if scope == "tensor":
+        assert pair.optimizer.state[pair.weights[1]]["exp_avg"].item() == pytest.approx(1 - 0.9**6)  # the other scope goes on
+
+
+def train(optimizer, weights, steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for w in weights:
+            w.grad = torch.randn(w.shape, generator=generator).to(w.dtype)
+        optimizer.step()
+
+
+def test_the_first_step_reports_no_angle_and_moves_by_lr():
+    w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = MoClip([w], lr=0.125)
+    w.grad = torch.tensor([1e-3, -1e3])
+    optimizer.step()
+    assert torch.equal(w, torch.tensor([0.875, 2.125])) and optimizer.last_angle == 0 and not optimizer.last_clipped
+
+
+@pytest.mark.parametrize("dtype, state_dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
+def test_state_is_adams_and_wide(dtype, state_dtype):
+    w = torch.nn.Parameter(torch.ones(2, 3, dtype=dtype))
+    optimizer = MoClip([w])
+    train(optimizer, [w], 2)
+    assert {key: (x.dtype, x.shape) for key, x in optimizer.state[w].items()} == {
+        "step": (torch.float32, ()), "exp_avg": (state_dtype, w.shape), "exp_avg_sq": (state_dtype, w.shape)}
+    assert w.dtype == dtype
+
+
+def test_bfloat16_parameters_follow_the_float32_trajectory():
+    """lr 1/16 near 1: every step is far above the spacing of bfloat16, so that only rounding to it separates the two."""
+    a, b = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    first, second = MoClip([a], lr=1 / 16), MoClip([b], lr=1 / 16)
+    for t in range(20):
+        gradient = torch.tensor([1.0, -1.0, 2.0, (-1.0) ** t]).bfloat16()
+        a.grad, b.grad = gradient.float(), gradient
+        first.step(), second.step()
+        assert torch.equal(first.state[a]["exp_avg"], second.state[b]["exp_avg"])
+    torch.testing.assert_close(a, b.float(), rtol=0, atol=20 * 2.0**-8 * 2.5)  # half a spacing at |w| < 2.5, 20 times
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("copy_optimizer", [
+    lambda optimizer, weights: copy.deepcopy(optimizer), lambda optimizer, weights: pickle.loads(pickle.dumps(optimizer)),
+    lambda optimizer, weights: restored(optimizer, weights)], ids=["deepcopy", "pickle", "state_dict"])
+def test_a_copy_continues_bit_for_bit(dtype, copy_optimizer):
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(3, dtype=dtype)), torch.nn.Parameter(torch.randn(2, 2, dtype=dtype))]
+    optimizer = MoClip(weights, lr=0.1, max_angle=0.7, scope="tensor", weight_decay=0.1)
+    train(optimizer, weights, 5)
+    other = copy_optimizer(optimizer, weights)
+    others = [p for group in other.param_groups for p in group["params"]]
+    train(optimizer, weights, 5, seed=1)
+    train(other, others, 5, seed=1)
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(weights, others))
+    assert torch.equal(optimizer.last_angle, other.last_angle) and torch.equal(optimizer.last_clipped, other.last_clipped)
+
+
+def restored(optimizer, weights):
+    clones = [torch.nn.Parameter(w.detach().clone()) for w in weights]
+    other = MoClip(clones, scope="tensor")
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return other
+
+
+def test_schedulers_closures_and_added_groups():
+    w, late = torch.nn.Parameter(torch.tensor([1.0])), torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = MoClip([w], lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    optimizer.add_param_group(dict(params=[late], lr=0.4))
+
+    def closure():
+        optimizer.zero_grad(set_to_none=True)
+        loss = (w + late).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 2.0
+    assert w.item() == pytest.approx(0.9) and late.item() == pytest.approx(0.6)
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(lr=-1.0), "lr must"), (dict(lr=math.nan), "lr must"), (dict(weight_decay=-0.1), "weight_decay must"), (dict(a=0.0), "a must"),
+    (dict(b=math.inf), "b must"), (dict(betas=(0.9, 1.0)), "betas must"), (dict(betas=(-0.1, 0.9)), "betas must"), (dict(betas=(0.9,)), "betas must"),
+    (dict(max_angle=90), "max_angle must lie in"), (dict(max_angle=-0.1), "max_angle"), (dict(scope="layer"), "scope must be")])
+def test_bad_hyperparameters(options, message):
+    with pytest.raises(ValueError, match=message):
+        MoClip([torch.nn.Parameter(torch.ones(1))], **options)
+
+
+@pytest.mark.parametrize("group, message", [(dict(lr=-1), "lr"), (dict(scope="tensor"), "scope must be the same"), (dict(max_angle=0.1), "max_angle must be the same")])
+def test_a_refused_group_leaves_the_optimizer_as_it_was(group, message):
+    optimizer = MoClip([torch.nn.Parameter(torch.ones(1))])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(dict(params=[torch.nn.Parameter(torch.ones(1))], **group))
+    assert len(optimizer.param_groups) == 1
+    MoClip([dict(params=[torch.nn.Parameter(torch.ones(1))], max_angle=x) for x in (0.1, 0.2)], scope="tensor")  # own caps
+
+
+def test_complex_and_sparse_are_refused():
+    with pytest.raises(ValueError, match="real"):
+        MoClip([torch.nn.Parameter(torch.ones(1, dtype=torch.complex64))])
+    w = torch.nn.Parameter(torch.ones(3))
+    w.grad = torch.sparse_coo_tensor([[0]], [1.0], (3,))
+    optimizer = MoClip([w])
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert not optimizer.state[w] and torch.equal(w, torch.ones(3))
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on what waits for the device: reading a value on the host, or a shape that depends on values."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.__name__.split(".")[0] not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_a_step_never_reads_a_value_on_the_host(scope):
+    weights = [torch.nn.Parameter(torch.randn(3)), torch.nn.Parameter(torch.randn(2, 2))]
+    optimizer = MoClip(weights, max_angle=0.2, weight_decay=0.1, scope=scope)
+    with NoSync():
+        train(optimizer, weights, 3)
+    assert optimizer.last_clipped.any()
