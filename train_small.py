@@ -200,6 +200,8 @@ def domain_split(rng, database, per_form):
         held_out = max(1, len(pairs) // 8)
         test += pairs[:held_out]
         train += pairs[held_out:]
+    rng.shuffle(train)
+    rng.shuffle(test)
     return train, test
 
 
@@ -542,6 +544,8 @@ def main():
     args.batch, args.per_form, base_settings = 32, 120, BASE
     if args.quick:
         args.steps, args.seeds, args.per_form, args.out, base_settings = 5, [0], 24, args.out / "quick", QUICK_BASE
+    if not (0 < args.tau <= 1 and 0 <= args.max_angle <= 180 and args.steps >= 1 and args.lr > 0):
+        parser.error("--tau must lie in (0, 1], --max-angle in [0, 180], --steps must be at least 1 and --lr positive")
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
 
@@ -565,7 +569,7 @@ def main():
     size = sum(x.nbytes for x in (record.token_ids, record.offsets, record.outside_mass)) / len(record)
     print(f"Stage 0: {len(record):,} positions in {stage0_s:.1f} s; subsets of mean {sizes.mean():.0f}, median "
           f"{sizes.median():.0f} tokens at tau = {args.tau}; {size:.0f} bytes a position, dense float32 logits {4 * V}")
-    x, y = (part[:16].to(device) for part in data.domain_train)
+    x, y = (part[:32].to(device) for part in data.domain_train)  # the outside mass is followed on 32 training examples
     probe_record = record.select(torch.arange(int((y != IGNORE).sum())))
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from logits_replay import ReplayRecord, linear_replay_cross_entropy, outside_mass, record_topk, replay_cross_entropy
+from strategies import taus
 
 EPS = float(np.finfo(np.float64).eps)
 EPS32 = float(np.finfo(np.float32).eps)
@@ -88,7 +89,7 @@ logit_rows = st.integers(2, 24).flatmap(lambda V: hnp.arrays(np.float64, V, elem
 
 # -- R1: coverage and minimality ----------------------------------------------------------------------------------------
 
-@given(logit_rows, st.floats(0.01, 1), st.data())
+@given(logit_rows, taus, st.data())
 def test_r1_recorded_set_covers_tau_with_the_fewest_tokens(z, tau, data):
     y = data.draw(st.integers(0, len(z) - 1))
     S = row_of(record_topk(torch.tensor(z[None]), torch.tensor([y]), tau))
