@@ -48,9 +48,10 @@ def test_record_equals_the_reference_token_for_token(dtype, data, tau, max_size)
     assert record.subset_sizes.tolist() == [len(row) for row in rows]
 
 
-def test_uniform_row_reaches_a_dyadic_tau_exactly():
-    record = record_topk(torch.zeros(1, 8), torch.tensor([0]), 0.5)
-    assert rows_of(record) == [[0, 1, 2, 3]] and record.outside_mass.tolist() == [0.5]
+@pytest.mark.parametrize("V", [8, 64, 256, 4096])
+def test_uniform_row_reaches_a_dyadic_tau_exactly(V):
+    record = record_topk(torch.zeros(1, V), torch.tensor([0]), 0.5)
+    assert rows_of(record) == [list(range(V // 2))] and record.outside_mass.tolist() == [0.5]
 
 
 @pytest.mark.parametrize("V", [64, 65, 66, 1024, 1025, 3000])
@@ -352,17 +353,17 @@ def test_a_file_gives_back_the_record(tmp_path_factory, case):
 
 
 def test_a_damaged_file_loads_identically_or_raises_value_error(tmp_path):
-    path = tmp_path / "record.npz"
-    RECORD.save(path)
+    path, record = tmp_path / "record.npz", record_topk(Z, Y, 0.3)
+    record.save(path)
     data = path.read_bytes()
-    damaged = [data[:n] for n in range(len(data))]
+    damaged = [data[:n] for n in range(len(data))] + [data.replace(b"<f8", b"<f4")]  # half of 0.3 is 4e-8
     for i in range(len(data)):
         damaged += [data[:i] + bytes([data[i] ^ mask]) + data[i + 1:] for mask in (0x01, 0x80, 0xFF)]
     refused = 0
     for content in damaged:
         path.write_bytes(content)
         try:
-            assert same(ReplayRecord.load(path), RECORD)
+            assert same(ReplayRecord.load(path), record)
         except ValueError as error:
             refused += 1
             assert str(path) in str(error)
