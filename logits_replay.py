@@ -227,7 +227,7 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
     Tokens are ranked by probability, descending, equal probabilities by id, ascending: S_t is unique. p is the float32
     softmax (float64 for float64 logits), the running sum float64. tau = 1 takes every token that is needed for the
     rounded sum to reach 1, all V if it never does. K_t is exact at any size: a top-k of 64 tokens is tried first, and
-    only rows that it cannot decide are tried again with more, up to a full sort.
+    the rows that it cannot decide are covered by a histogram of their probabilities (see `_cover`) or a full sort.
 
     Args:
         logits: (..., V), finite, any floating dtype.   target: (...), integers in [0, V) or ignore_index.
@@ -253,8 +253,8 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
     rho = torch.zeros(N, device=device)
     done, k = [], min(V, max(64, 0 if max_size is None else limit + 1))
     while len(rows):
-        if max_size is None and p.dtype == torch.float32 and done:  # wide rows, the usual case
-            for rows, p in zip(rows.split(2**20 // V + 1), p.split(2**20 // V + 1)):  # that stay in the cache
+        if done and max_size is None and p.dtype == torch.float32:  # wide rows: as many at a time as the cache holds
+            for rows, p in zip(rows.split(2**20 // V + 1), p.split(2**20 // V + 1)):
                 S = _cover(p, tau)
                 S[torch.arange(len(rows), device=device), target[rows]] = True
                 sizes[rows], rho[rows] = S.sum(-1), p.masked_fill(S, 0).sum(-1)
