@@ -239,6 +239,9 @@ def test_m4_C_is_bounded_iff_beta1_squared_is_below_beta2_and_one_iff_the_betas_
     C = math.sqrt(C_squared_limit(0.9, 0.999))
     assert C == pytest.approx(7.270, abs=5e-4)
     assert 4 / math.pi * math.atan(C) == pytest.approx(1.826, abs=5e-4)  # the defaults: 1.826 lr at most, not 2 lr
+    profile = (0.9 / 0.999)**np.arange(499, -1, -1)  # and MoClip with its defaults goes there
+    assert run(profile[:, None], lr=1.0)[0][-1, 0] == pytest.approx(
+        4 / math.pi * math.atan(math.sqrt(C_squared(0.9, 0.999, 500))), rel=500 * 64 * EPS)
 
 
 @given(gradient_sequences, st.floats(0, 0.99))
@@ -470,8 +473,8 @@ def test_m8_fixed_point_recursion_contracts_by_beta1_to_the_stated_root(max_angl
     assert (1 - beta1**2) * root**2 - 2 * beta1 * (1 - beta1) * c * root - (1 - beta1)**2 == pytest.approx(0, abs=16 * EPS)
     assert c - 8 * EPS <= root <= 1 + 8 * EPS
     for k in range(1, 30):
-        g = np.array([math.cos(max_angle), math.sin(max_angle)])  # |g| = 1, clipped, in the plane of m = (x, 0)
-        x = math.hypot(*(beta1 * np.array([x, 0.0]) + (1 - beta1) * g))
+        m, g = np.array([x, 0.0]), np.array([math.cos(2.5), math.sin(2.5)])  # any g beyond the cap, of norm 1
+        x = math.hypot(*(beta1 * m + (1 - beta1) * clip(g, m, max_angle)))
         assert abs(x - root) <= beta1**k * abs(start - root) + 64 * EPS
 
 
