@@ -81,6 +81,11 @@ def test_rotation_keeps_the_norm_and_the_cap(pair, max_angle):
     assert angle_between(mine, m).item() == pytest.approx(min(theta, max_angle), abs=tolerance)
 
 
+def test_nearly_parallel_is_not_antiparallel():
+    g, m = torch.tensor([1.0, 1e-9], dtype=torch.float64), torch.tensor([2.0, 0.0], dtype=torch.float64)
+    assert clip_angle(g, m, 0.0).tolist() == pytest.approx([1.0, 0.0], abs=EPS64)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rotated_in_float32(dtype):
     g, m = torch.tensor([0.0, 2.0], dtype=dtype), torch.tensor([1.0, 0.0], dtype=dtype)
