@@ -1,4 +1,4 @@
-"""THEORY.md and tests/test_theory_*.py name each other completely: no statement without a test, no test without a statement."""
+"""THEORY.md and tests/test_theory_*.py name each other: no statement without a test, no test without a statement."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""R1 to R8 of THEORY.md: for each statement the property, a case where it is tight, and what fails without an assumption.
+"""R1 to R8 of THEORY.md: for each statement the property, a tight case, and what fails without an assumption.
 
 Everything is float64 and goes through the project's functions; the other side of each equation is computed here, from
 plain numpy softmaxes or from torch's own cross-entropy. Tolerances are multiples of EPS with the reason beside them.
@@ -25,7 +25,7 @@ EPS = float(np.finfo(np.float64).eps)
 EPS32 = float(np.finfo(np.float32).eps)
 
 
-# -- the other side: softmax, q, r and records by hand ------------------------------------------------------------------
+# -- the other side: softmax, q, r and records by hand ---------------------------------------------------------------
 
 def softmax(z):
     e = np.exp(z - z.max(-1, keepdims=True))
@@ -87,7 +87,7 @@ def positions(draw, outside=1, max_V=12):
 logit_rows = st.integers(2, 24).flatmap(lambda V: hnp.arrays(np.float64, V, elements=st.floats(-8, 8, width=32)))
 
 
-# -- R1: coverage and minimality ----------------------------------------------------------------------------------------
+# -- R1: coverage and minimality -------------------------------------------------------------------------------------
 
 @given(logit_rows, taus, st.data())
 def test_r1_recorded_set_covers_tau_with_the_fewest_tokens(z, tau, data):
@@ -134,7 +134,7 @@ def test_r1_false_with_max_size_the_cap_gives_up_coverage():
     assert float(record.outside_mass) == 0.75 > 1 - 0.75
 
 
-# -- R2: the loss gap ---------------------------------------------------------------------------------------------------
+# -- R2: the loss gap ------------------------------------------------------------------------------------------------
 
 @given(positions())
 def test_r2_full_loss_minus_replay_loss_is_minus_log_inside_mass(position):
@@ -172,7 +172,7 @@ def test_r2_tight_whole_vocabulary_is_cross_entropy_and_tau_bounds_the_gap(z, da
     assert gap == pytest.approx(math.log(16 / k), abs=16 * EPS)  # log(1 / tau): the recording-time bound, reached
 
 
-# -- R3: the logit-gradient bias ----------------------------------------------------------------------------------------
+# -- R3: the logit-gradient bias -------------------------------------------------------------------------------------
 
 @given(positions())
 def test_r3_bias_is_rho_times_q_minus_r_with_exact_norms(position):
@@ -214,7 +214,7 @@ def test_r3_false_with_the_recorded_rho_once_the_model_has_moved():
     assert abs(bias).sum() == pytest.approx(2 * float(outside_mass(torch.tensor(moved[None]), record)), rel=16 * EPS)
 
 
-# -- R4 and R5: the parameter-gradient bias, on a transformer ------------------------------------------------------------
+# -- R4 and R5: the parameter-gradient bias, on a transformer --------------------------------------------------------
 
 class TinyTransformer(nn.Module):
     """A causal transformer of one block, float64: the real thing, small enough for whole Jacobians."""
@@ -359,7 +359,7 @@ def test_r5_tight_equal_positions_reach_the_bound_and_opposite_ones_cancel(gap, 
     np.testing.assert_allclose(mixed, (2 * rho - 1) / 2 * np.array([1, -1]), rtol=0, atol=64 * EPS)
 
 
-# -- R6: drift of rho ---------------------------------------------------------------------------------------------------
+# -- R6: drift of rho ------------------------------------------------------------------------------------------------
 
 def kl(p, q):
     return float((p * (np.log(p) - np.log(q))).sum())
@@ -410,7 +410,7 @@ def test_r6_false_for_the_recorded_rho_tau_bounds_nothing_after_the_model_moved(
     assert float(outside_mass(z + torch.tensor([0.0, 0.0, 30.0]), record)) > 1 - 1e-10
 
 
-# -- R7: the replay loss does not control rho ----------------------------------------------------------------------------
+# -- R7: the replay loss does not control rho ------------------------------------------------------------------------
 
 def log_odds_outside(z, S):
     inside = np.isin(np.arange(len(z)), S)
@@ -492,7 +492,7 @@ def test_r7_tight_calibrated_model_with_gold_outside_drifts_up():
     assert drift == pytest.approx(expected, rel=64 * EPS) and drift > 0.1
 
 
-# -- R8: the cost model -------------------------------------------------------------------------------------------------
+# -- R8: the cost model ----------------------------------------------------------------------------------------------
 
 class CountFlops(TorchDispatchMode):
     """Adds up the multiply-add work (2 operations each) of the matrix products that really run, and the largest output."""
