@@ -33,6 +33,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 with warnings.catch_warnings():  # torch warns once that CSR tensors are in beta: here that is known
     warnings.simplefilter("ignore")
@@ -247,70 +248,74 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
     if device.type == "mps":  # it has no float64 for the running sum
         return record_topk(logits.cpu(), target.cpu(), tau, max_size=max_size, ignore_index=ignore_index).to(device)
     limit = min(max_size or V, V)
-    rows = (target != ignore_index).nonzero()[:, 0]
-    p = (logits if len(rows) == N else logits[rows]).softmax(-1, dtype=_wide_dtype(logits))
-    sizes = torch.zeros(N, dtype=torch.int64, device=device)
-    rho = torch.zeros(N, device=device)
-    done, k = [], min(V, max(64, 0 if max_size is None else limit + 1))
-    while len(rows):
-        if done and max_size is None and p.dtype == torch.float32:  # wide rows: as many at a time as the cache holds
-            for rows, p in zip(rows.split(2**20 // V + 1), p.split(2**20 // V + 1)):
-                S = _cover(p, tau)
-                S[torch.arange(len(rows), device=device), target[rows]] = True
-                sizes[rows], rho[rows] = S.sum(-1), p.masked_fill(S, 0).sum(-1)
-                done.append((rows, S.nonzero()[:, 1]))
-            break
-        y = target[rows, None]
-        top, ids = _most_probable(p, k)
-        # K_t = min {K : p_(1) + ... + p_(K) >= tau}; k + 1 means "not among these k"
-        K = (1 + (top.cumsum(-1, dtype=torch.float64) < tau).sum(-1, keepdim=True)).clamp(max=limit)
-        # a row is decided if its K_t-th token is here and no token as probable as that one can be missing
-        decided = (K <= k) & ((k == V) | (top.gather(-1, K.clamp(max=k) - 1) > top[:, -1:]))
-        # S_t = the first K_t and y_t, which displaces the K_t-th only where the cap leaves no room
-        rank = torch.arange(k, device=device)
-        has_gold = ((ids == y) & (rank < K)).any(-1, keepdim=True)
-        K = torch.where(has_gold, K, K.clamp(max=limit - 1))
-        S = torch.cat([ids.masked_fill(rank >= K, V), torch.where(has_gold, V, y)], -1)  # V: not in S_t, sorts last
-        S = S.masked_fill(~decided, V).sort(-1).values
-        sizes[rows] = (S < V).sum(-1)
-        done.append((rows[decided[:, 0]], S[S < V]))
-        # rho_t = sum of p_j over j not in S_t: summing what is outside keeps the digits of a small rho
-        p[torch.arange(len(rows), device=device).repeat_interleave(sizes[rows]), S[S < V]] = 0
-        rho[rows] = p.sum(-1).float().clamp(max=1)
-        rows, p, k = rows[~decided[:, 0]], p[~decided[:, 0]], V
-    offsets = _offsets(sizes)
-    token_ids = torch.empty(int(offsets[-1]), dtype=torch.int32, device=device)
-    for rows, ids in done:
-        token_ids[_ranges(offsets[rows], sizes[rows])] = ids.int()
-    return ReplayRecord(token_ids, offsets, rho, V, float(tau))
+    k = min(V, 64 if max_size is None else limit + 1)
+    token_ids, sizes, rho = [], torch.zeros(N, dtype=torch.int64, device=device), torch.zeros(N, device=device)
+    # a few rows at a time: on a CPU as many as its cache holds, elsewhere as many as keep it busy
+    for t in torch.arange(N, device=device).split(2**(20 if device.type == "cpu" else 26) // V + 1):
+        scored = target[t] != ignore_index
+        z, t = (logits[t[0]:t[-1] + 1], t) if scored.all() else (logits[t[scored]], t[scored])
+        p, y = z.softmax(-1, dtype=_wide_dtype(logits)), target[t, None]
+        row, token, rho[t], decided = _cover_by_rank(p, y, tau, k, limit)
+        if not decided.all():
+            wide = (~decided).nonzero()[:, 0]
+            p, y = p[wide], y[wide]
+            wide_row, wide_token, rho[t[wide]] = (_cover_by_histogram(p, y, tau) if max_size is None else
+                                                  _cover_by_rank(p, y, tau, V, limit)[:3])
+            if decided.any():  # rows of both kinds: back in order
+                row, order = torch.cat([row, wide[wide_row]]).sort(stable=True)
+                token = torch.cat([token, wide_token])[order]
+            else:
+                row, token = wide_row, wide_token
+        token_ids.append(token.int())
+        sizes[t] = row.bincount(minlength=len(t))
+    token_ids = torch.cat([torch.empty(0, dtype=torch.int32, device=device), *token_ids])
+    return ReplayRecord(token_ids, _offsets(sizes), rho, V, float(tau))
 
 
-def _most_probable(p: Tensor, k: int):
-    """The k largest of each row, with their ids: by probability, descending, equal ones by id, ascending."""
-    if k == p.shape[-1]:
-        return p.sort(dim=-1, descending=True, stable=True)
-    ids = p.topk(k).indices.sort(-1).values  # topk promises no order among equals
+def _cover_by_rank(p: Tensor, y: Tensor, tau: float, k: int, limit: int):
+    """S_t of the rows that the k most probable tokens decide, as (row, token) pairs in order, rho_t, and (n,) bool, which those are."""
+    V = p.shape[-1]
+    ids = p.topk(k).indices.sort(-1).values  # topk promises no order among equals: order by id, then stably by p
     top, order = p.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
-    return top, ids.gather(-1, order)
+    ids, rank = ids.gather(-1, order), torch.arange(k, device=p.device)
+    # K_t = min {K : p_(1) + ... + p_(K) >= tau}; k + 1 means "not among these k"
+    K = (1 + (top.cumsum(-1, dtype=torch.float64) < tau).sum(-1, keepdim=True)).clamp(max=limit)
+    # decided, if the K_t-th token is here and none that is as probable as it can be missing
+    decided = (K <= k) & ((k == V) | (top.gather(-1, K.clamp(max=k) - 1) > top[:, -1:]))
+    # S_t = the first K_t and y_t, which displaces the K_t-th only where the cap leaves no room
+    has_gold = ((ids == y) & (rank < K)).any(-1, keepdim=True)
+    K = torch.where(has_gold, K, K.clamp(max=limit - 1))
+    S = torch.cat([ids.masked_fill(rank >= K, V), y.masked_fill(has_gold, V)], -1)  # V: not in S_t
+    S = S.masked_fill(~decided, V).sort(-1).values
+    row, column = (S < V).nonzero(as_tuple=True)
+    token = S[row, column]
+    # rho_t = sum of p_j over j not in S_t: summing what is outside keeps the digits of a small rho
+    p[row, token] = 0
+    return row, token, p.sum(-1).float().clamp(max=1), decided[:, 0]
 
 
-def _cover(p: Tensor, tau: float) -> Tensor:
-    """(n, V) bool, the top-K_t tokens of float32 rows: a histogram finds the bin in which tau is reached, only that is sorted."""
-    # the upper 16 bits of a non-negative float order it as the float does: bin 0 is p = 1, each octave has 128 bins
-    bins = 16256 - (p.view(torch.int32) >> 16).long()
-    mass = p.new_zeros(len(p), 16258, dtype=torch.float64).scatter_add_(1, bins + 1, p.double()).cumsum(-1)
-    reached = (mass[:, 1:] < tau).sum(-1, keepdim=True)
-    covered, inside = bins < reached, bins == reached
-    row, token = inside.nonzero(as_tuple=True)
+def _cover_by_histogram(p: Tensor, y: Tensor, tau: float):
+    """The same at any K_t, for all rows: a histogram finds the bin of probabilities in which tau is reached, only that one is sorted."""
+    # the upper 16 bits of a non-negative float order it as the float does, at least 8 bins for each power of two
+    bits, shift = (torch.int32, 16) if p.dtype == torch.float32 else (torch.int64, 48)
+    highest = int(p.new_ones(()).view(bits)) >> shift  # the bin of p = 1
+    bins = (p.view(bits) >> shift).long()
+    mass = p.new_zeros(len(p), highest + 1, dtype=torch.float64).scatter_add_(1, bins, p.double())
+    above = pad(mass.flip(1).cumsum(-1), (1, 0))  # above[:, i]: the mass of the i highest bins
+    i = (above[:, 1:] < tau).sum(-1, keepdim=True).clamp(max=highest)
+    S, inside = bins > highest - i, bins == highest - i
     # the tokens of that bin, a row each, padded with -1 and ranked
-    column = (inside.cumsum(-1) - 1)[row, token]
-    candidates = p.new_full((len(p), int(inside.sum(-1).max())), -1.0)
+    row, token = inside.nonzero(as_tuple=True)
+    counts = inside.sum(-1)
+    column = torch.arange(len(row), device=p.device) - _offsets(counts)[row]
+    candidates = p.new_full((len(p), int(counts.max())), -1.0)
     candidates[row, column] = p[row, token]
     top, order = candidates.sort(dim=-1, descending=True, stable=True)
-    before = mass.gather(1, reached) + torch.nn.functional.pad(top.cumsum(-1, dtype=torch.float64), (1, 0))[:, :-1]
+    before = above.gather(1, i) + pad(top.cumsum(-1, dtype=torch.float64), (1, 0))[:, :-1]
     needed = torch.zeros_like(candidates, dtype=torch.bool).scatter_(1, order, before < tau)
-    covered[row, token] = needed[row, column]
-    return covered
+    S[row, token] = needed[row, column]
+    S.scatter_(1, y, True)
+    return *S.nonzero(as_tuple=True), p.masked_fill_(S, 0).sum(-1).float().clamp(max=1)
 
 
 def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:

@@ -29,24 +29,25 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def _square_sum(tensors) -> Tensor:
-    """|x|^2 of one vector given in pieces, row by row: over 10^8 entries at once, torch's float32 norm is off by a percent."""
-    total = sum(torch.linalg.vector_norm(x, dim=-1).square_().sum() if x.dim() else x * x for x in tensors)
+def _total(terms) -> Tensor:
+    """The sum of 0-dim tensors, in float64: products and ratios of squared float32 norms leave the range of float32."""
+    total = sum(terms)
     return total if total.device.type == "mps" else total.double()  # MPS has no float64
 
 
 def _angle(us, vs):
     """(theta, |u|/|v|) of two vectors given in pieces: lists of tensors of pairwise equal shapes. (0, 0) if one is zero
     or beyond the square root of the dtype's range, where v = g^2 is lost as well."""
-    ratio = (_square_sum(us) / _square_sum(vs)).sqrt()
-    ratio = torch.where(ratio.isfinite(), ratio, 0)
-    minus = plus = 0
-    for u, v in zip(us, vs):
-        v = v * ratio  # v made as long as u
-        minus, plus = minus + _square_sum([u - v]), plus + _square_sum([v.add_(u)])
-    # theta = 2 atan2(|u/|u| - v/|v||, |u/|u| + v/|v||)                       (Kahan 2006, section 12)
+    # `sum` adds in pairs; torch's float32 dot products and norms of 10^8 entries are off by percents
+    uv = _total((u * v).sum() for u, v in zip(us, vs))
+    vv = _total((v * v).sum() for v in vs)
+    # u = c v + w, w orthogonal to v:   theta = atan2(|w|, c |v|),   |u|^2 = |w|^2 + c^2 |v|^2
     # arccos(<u, v> / |u||v|) would lose half of the digits near 0 and near pi.
-    return torch.where(ratio > 0, 2 * torch.atan2(minus.sqrt(), plus.sqrt()), 0), ratio
+    c = uv / vv
+    ww = _total(u.addcmul(v, c, value=-1).square_().sum() for u, v in zip(us, vs))
+    ratio = (ww / vv + c * c).sqrt()
+    ratio = torch.where(ratio.isfinite(), ratio, 0)
+    return torch.where(ratio > 0, torch.atan2((ww / vv).sqrt(), c), 0), ratio
 
 
 def _rotation(theta: Tensor, max_angle: float, eps: float):
@@ -81,10 +82,10 @@ def _check_max_angle(max_angle):
 def angle_between(u: Tensor, v: Tensor) -> Tensor:
     """Angle between two tensors of one shape, read as vectors: a 0-dim tensor, radians in [0, pi].
 
-        theta = 2 atan2(| u/|u| - v/|v| |, | u/|u| + v/|v| |)
+        theta = atan2(|u - c v|, c |v|),   c = <u, v> / <v, v>
 
-    Accurate to a few eps at every angle, near 0 and pi too (Kahan, "How Futile are Mindless Assessments of
-    Roundoff", 2006, section 12). The angle with a zero vector is 0 here: nothing is there to turn away from.
+    Accurate to a few eps at every angle, near 0 and pi too, where arccos loses half of the digits. The angle with a
+    zero vector is 0 here: nothing is there to turn away from.
     Raises ValueError for unequal shapes and for tensors that are not real floating point.
 
     >>> round(math.degrees(angle_between(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]))), 4)
@@ -166,8 +167,19 @@ class MoClip(torch.optim.Optimizer):
                  a=4 / math.pi, b=1.0, weight_decay=0.0, scope="global"):
         super().__init__(params, dict(lr=lr, betas=betas, max_angle=max_angle, a=a, b=b,
                                       weight_decay=weight_decay, scope=scope))
-        self.last_angle = torch.zeros(())
-        self.last_clipped = torch.zeros((), dtype=torch.bool)
+        self._report = {}
+
+    def __setstate__(self, state):  # torch pickles and copies neither what is not state nor a group
+        super().__setstate__(state)
+        self._report = {}
+
+    @property
+    def last_angle(self) -> Tensor:
+        return self._report.get("angle", torch.zeros(()))
+
+    @property
+    def last_clipped(self) -> Tensor:
+        return self._report.get("clipped", torch.zeros((), dtype=torch.bool))
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
@@ -216,8 +228,8 @@ class MoClip(torch.optim.Optimizer):
             one_scope = self.param_groups[0]["scope"] == "global"
             reports = [self._step_scope(scope) for scope in ([entries] if one_scope else [[e] for e in entries])]
             angles, clipped = zip(*reports)
-            self.last_angle = angles[0] if one_scope else torch.stack(angles)
-            self.last_clipped = clipped[0] if one_scope else torch.stack(clipped)
+            self._report["angle"] = angles[0] if one_scope else torch.stack(angles)
+            self._report["clipped"] = clipped[0] if one_scope else torch.stack(clipped)
         return loss
 
     def _step_scope(self, entries):
@@ -232,14 +244,17 @@ class MoClip(torch.optim.Optimizer):
             state, v = self.state[p], self.state[p]["exp_avg_sq"]
             state["step"] += 1
             # g~ = A g + B m |g|/|m|; unclipped A = 1 and B = 0, so g passes unchanged to the last bit
-            g = (A * g).add_(m * (B * ratio))
+            g = (g * A).addcmul_(m, B * ratio)
             # m = beta1 m + (1 - beta1) g~, from m = 0 where the plane of the rotation is undefined
             m.mul_(beta1 * kept).add_(g, alpha=1 - beta1)
             # v = beta2 v + (1 - beta2) g~^2
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            # w = (1 - lr weight_decay) w - lr a atan2(m / (1 - beta1^t), b sqrt(v / (1 - beta2^t)))
+            # w = (1 - lr weight_decay) w - lr a atan2(m / c1, b sqrt(v / c2)),   c1 = 1 - beta1^t,   c2 = 1 - beta2^t
             t = state["step"].double()  # in float32, 1 - 0.999^t would lose four digits
-            update = (m / (1 - beta1**t)).atan2_((v / (1 - beta2**t)).sqrt_().mul_(b)).mul_(lr * a)
+            c1, c2 = 1 - beta1**t, 1 - beta2**t
+            # atan2(m / c1, y) = atan2(m, c1 y): one pass less; g's memory serves for the rest
+            denominator = torch.mul(v, (c1 * b)**2 / c2, out=g).sqrt_()
+            update = torch.atan2(m, denominator, out=g).mul_(lr * a)
             if group["weight_decay"]:
                 update += lr * group["weight_decay"] * p
             p -= update
