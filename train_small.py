@@ -39,7 +39,7 @@ from tqdm import tqdm
 from logits_replay import ReplayRecord, linear_replay_cross_entropy, outside_mass, record_topk
 from moclip import MoClip
 
-V, WIDTH, LAYERS, HEADS, CONTEXT = 8192, 192, 2, 6, 80
+V, WIDTH, LAYERS, HEADS, CONTEXT = 12288, 192, 2, 6, 80
 IGNORE = -100
 BASE = dict(steps=700, batch=24, lr=3e-3, seed=0, schemas=400, sql_examples=12000)
 QUICK_BASE = dict(BASE, steps=60, batch=8, sql_examples=2000)
@@ -251,7 +251,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
 
     def forward(self, x, turn, past):
         B, T, _ = x.shape
@@ -259,11 +259,9 @@ class Block(nn.Module):
         q, k = rotary(q, turn), rotary(k, turn)
         if past:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        if past is not None:
-            past[:] = k, v
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
         x = x + self.out(attended.transpose(1, 2).reshape(B, T, WIDTH))
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp(self.norm2(x)), (k, v)
 
 
 class Model(nn.Module):
@@ -271,21 +269,26 @@ class Model(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embedding = nn.Embedding(V, WIDTH)
+        self.embedding, self.previous = nn.Embedding(V, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
         self.blocks, self.norm = nn.ModuleList(Block() for _ in range(LAYERS)), nn.LayerNorm(WIDTH)
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
     def forward(self, tokens, past=None):
-        """tokens (B, T) -> hidden (B, T, d). `past`: a list a layer, [] at first, that keeps keys and values."""
-        start = past[0][0].shape[2] if past and past[0] else 0
+        """tokens (B, T) -> hidden (B, T, d). `past`: a dict, {} at first, that keeps what the tokens after these need."""
+        past = {} if past is None else past
+        start = past[0][0].shape[2] if past else 0
         half = WIDTH // HEADS // 2
         angle = torch.outer(torch.arange(start, start + tokens.shape[1], device=tokens.device),
                             1e3 ** -(torch.arange(half, device=tokens.device) / half))
         x, turn = self.embedding(tokens), (angle.cos(), angle.sin())
+        # each position also gets the token before it, so that a single layer can look up "what followed this last time?"
+        before = past.get("last", torch.zeros_like(x[:, :1]))
+        past["last"] = x[:, -1:]
+        x = x + self.previous(torch.cat([before, x[:, :-1]], 1))
         for i, block in enumerate(self.blocks):
-            x = block(x, turn, past[i] if past else None)
+            x, past[i] = block(x, turn, past.get(i))
         return self.norm(x)
 
 
@@ -342,6 +345,7 @@ def digest(*things):
 def encode_domain(tokenizer, pairs):
     """Tokens (M, T) and targets (M, T): the next token where it belongs to the SQL or ends it, IGNORE elsewhere."""
     rows = [(tokenizer.encode(prompt(q)), tokenizer.encode(" " + sql) + [tokenizer.end]) for q, sql in pairs]
+    rows.sort(key=lambda row: len(row[0] + row[1]))
     T = max(len(p) + len(s) for p, s in rows) - 1
     assert T <= CONTEXT, f"an example of {T} tokens does not fit the context of {CONTEXT}"
     tokens = torch.tensor([(p + s + [tokenizer.end] * T)[:T] for p, s in rows])
@@ -449,7 +453,7 @@ def generate(model, tokenizer, questions, device):
     for i, p in enumerate(prompts):
         by_length[len(p)].append(i)
     for length, members in tqdm(sorted(by_length.items()), "generating SQL", disable=None, leave=False):
-        past = [[] for _ in range(LAYERS)]
+        past = {}
         new, out = torch.tensor([prompts[i] for i in members], device=device), []
         for _ in range(CONTEXT - length):
             new = (model(new, past)[:, -1] @ model.embedding.weight.T).argmax(-1, keepdim=True)
@@ -485,10 +489,10 @@ def prepare(settings, per_form):
     database = Database(rng)
     train, test = domain_split(rng, database, per_form)
     tokenizer = Tokenizer(general_train + "".join(f"{prompt(q)} {sql}" for q, sql in other), V)
-    streams = [torch.tensor(tokenizer.encode(general_train)),
-               torch.tensor([i for q, sql in other for i in tokenizer.encode(f"{prompt(q)} {sql}") + [tokenizer.end]])]
+    prose = torch.tensor(tokenizer.encode(general_train))
+    sql = torch.tensor([i for q, sql in other for i in tokenizer.encode(f"{prompt(q)} {sql}") + [tokenizer.end]])
     windows = torch.tensor(tokenizer.encode(general_test)).unfold(0, CONTEXT + 1, CONTEXT)[:200]
-    return SimpleNamespace(tokenizer=tokenizer, database=database, train=train, test=test, streams=streams,
+    return SimpleNamespace(tokenizer=tokenizer, database=database, train=train, test=test, streams=[prose, sql, sql],
                            domain_train=encode_domain(tokenizer, train), domain_test=encode_domain(tokenizer, test),
                            general_test=(windows[:, :-1], windows[:, 1:]), fingerprint=digest(general_train, other))
 
@@ -532,11 +536,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else
                         "mps" if torch.backends.mps.is_available() else "cpu")
-    parser.add_argument("--tau", type=float, default=0.99, help="coverage of the recorded subsets, in (0, 1]")
+    parser.add_argument("--tau", type=float, default=0.98, help="coverage of the recorded subsets, in (0, 1]")
     parser.add_argument("--max-angle", type=float, default=90, help="MoClip's cap, in degrees")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=150, help="fine-tuning steps of 32 examples")
+    parser.add_argument("--steps", type=int, default=200, help="fine-tuning steps of 32 examples")
     parser.add_argument("--lr", type=float, default=4e-4, help="learning rate (of 2e-4, 4e-4, 8e-4 the best for every method)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the cache and of results.json")
     parser.add_argument("--quick", action="store_true", help="a smoke run: tiny base, few steps, one seed")

@@ -1,0 +1,206 @@
+"""At home in PyTorch: compilation, mixed precision, accumulation, checkpointing, and several processes."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from logits_replay import ReplayRecord, linear_replay_cross_entropy, record_topk, replay_cross_entropy
+from moclip import MoClip
+
+EPS = 2.0**-52
+
+
+def gradients(params, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- the optimizer
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
+def test_the_step_compiles_without_a_graph_break(scope, lr):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    plain = [nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (5,), ())]
+    others = copy.deepcopy(plain)
+    options = dict(lr=lr, max_angle=1.2, weight_decay=0.1, scope=scope)
+    one, two = MoClip(plain, **options), MoClip(others, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo's own deprecations
+        step = torch.compile(two.step, fullgraph=True, backend="eager")
+        for seed in range(4):
+            gradients(plain, seed), gradients(others, seed)
+            one.step(), step()
+            for a, b in zip([*plain, one.last_angle], [*others, two.last_angle]):
+                torch.testing.assert_close(a, b, rtol=0, atol=8 * 2.0**-23)  # fused arithmetic: the last bits of entries near 1
+            assert torch.equal(one.last_clipped, two.last_clipped)
+    assert one.last_clipped.any()
+
+
+def test_frozen_parameters_rest_and_come_back():
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    optimizer = MoClip([a, b], lr=0.1, scope="tensor")
+    optimizer.step()  # nobody has a gradient
+    assert not optimizer.state
+    gradients([a, b], 0)
+    optimizer.step()
+    b.requires_grad_(False)
+    optimizer.zero_grad(set_to_none=True)
+    rest, state = b.detach().clone(), copy.deepcopy(optimizer.state[b])
+    (a ** 2).sum().backward()
+    optimizer.step()
+    assert torch.equal(b, rest) and all(torch.equal(optimizer.state[b][key], x) for key, x in state.items())
+    assert optimizer.last_angle.shape == (1,)
+    b.requires_grad_(True)
+    gradients([a, b], 1)
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in (a, b)] == [3, 2] and not torch.equal(b, rest)
+
+
+def test_accumulated_gradients_are_one_gradient():
+    torch.manual_seed(0)
+    x = torch.randn(8, 4, dtype=torch.float64)
+    model = nn.Linear(4, 2).double()
+    other = copy.deepcopy(model)
+    one, two = MoClip(model.parameters(), lr=0.1), MoClip(other.parameters(), lr=0.1)
+    for _ in range(3):
+        one.zero_grad(), two.zero_grad()
+        (model(x) ** 2).mean().backward()
+        for part in x.split(2):
+            (other(part) ** 2).mean().div(4).backward()
+        one.step(), two.step()
+    for p, q in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(p, q, rtol=0, atol=2**8 * EPS)  # a different order of addition, three steps of 0.1
+
+
+def test_grad_scaler_skips_infinite_gradients_and_hides_its_scale():
+    w, plain = nn.Parameter(torch.tensor([1.0, -2.0])), nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer, unscaled = MoClip([w], lr=0.1), MoClip([plain], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for factor in (1.0, float("inf"), 1.0):
+        optimizer.zero_grad(), unscaled.zero_grad()
+        scaler.scale((w ** 2).sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if factor == 1.0:
+            (plain ** 2).sum().backward()
+            unscaled.step()
+        assert torch.equal(w, plain)
+    assert optimizer.state[w]["step"] == 2
+
+
+# -------------------------------------------------------------------------------------------------------- the losses
+
+def head(dtype=torch.float32, B=2, T=5, d=8, V=30):
+    torch.manual_seed(0)
+    h, W, y = torch.randn(B, T, d, dtype=dtype, requires_grad=True), torch.randn(V, d, dtype=dtype, requires_grad=True), torch.randint(V, (B, T))
+    y[0, :2] = -100
+    return h, W, y, record_topk((h @ W.T).detach(), y, 0.8)
+
+
+def test_losses_take_the_hidden_states_of_a_batch():
+    h, W, y, record = head(torch.float64)
+    dense = replay_cross_entropy(h @ W.T, y, record)
+    linear = linear_replay_cross_entropy(h, W, y, record)
+    torch.testing.assert_close(linear, dense, rtol=2**6 * EPS, atol=0)  # 8 products a logit
+    for a, b in zip(torch.autograd.grad(linear, (h, W)), torch.autograd.grad(dense, (h, W))):
+        torch.testing.assert_close(a, b, rtol=0, atol=2**6 * EPS)
+
+
+def test_losses_under_autocast_are_float32():
+    h, W, y, record = head()
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = F.linear(h, torch.eye(8))
+        assert hidden.dtype == torch.bfloat16
+        linear, dense = linear_replay_cross_entropy(hidden, W, y, record), replay_cross_entropy(F.linear(hidden, W), y, record)
+    assert linear.dtype == dense.dtype == torch.float32
+    exact = linear_replay_cross_entropy(hidden.double(), W.double(), y, record)
+    torch.testing.assert_close(linear.double(), exact, rtol=2**-18, atol=0)  # the head itself is not rounded to bfloat16
+    linear.backward()
+    assert h.grad.dtype == W.grad.dtype == torch.float32
+
+
+def test_losses_compile_and_checkpoint_to_the_same_result():
+    torch._dynamo.reset()
+    h, W, y, record = head()
+    function = lambda h, W: linear_replay_cross_entropy(h.tanh(), W, y, record)
+    plain = function(h, W)
+    expected = [plain, *torch.autograd.grad(plain, (h, W))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo breaks the graph at the checks, and says so
+        compiled = torch.compile(function, backend="eager")(h, W)
+        checkpointed = torch.utils.checkpoint.checkpoint(function, h, W, use_reentrant=False)
+    for loss in (compiled, checkpointed):
+        for a, b in zip([loss, *torch.autograd.grad(loss, (h, W))], expected):
+            assert torch.equal(a, b)
+
+
+def test_a_tied_embedding_gets_both_gradients():
+    torch.manual_seed(0)
+    E, tokens = nn.Embedding(30, 8).double(), torch.randint(30, (2, 6))
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    record = record_topk(E(x) @ E.weight.T, y, 1.0)  # the whole vocabulary: then it is the dense loss
+    dense = F.cross_entropy((E(x) @ E.weight.T).flatten(0, 1), y.flatten())
+    a, = torch.autograd.grad(linear_replay_cross_entropy(E(x), E.weight, y, record), E.weight)
+    b, = torch.autograd.grad(dense, E.weight)
+    torch.testing.assert_close(a, b, rtol=0, atol=2**8 * EPS)
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 10), nn.LayerNorm(10), nn.Linear(10, 3)).double()
+
+
+def fit(model, scope, share=slice(None)):
+    """Angles and parameters after five steps on this process's share of every batch."""
+    generator = torch.Generator().manual_seed(1)
+    optimizer, angles = MoClip(model.parameters(), lr=0.05, max_angle=1.0, weight_decay=0.1, scope=scope), []
+    for _ in range(5):
+        x, y = (torch.randn(8, n, generator=generator, dtype=torch.float64)[share] for n in (6, 3))
+        optimizer.zero_grad()
+        ((model(x) - y) ** 2).mean().backward()
+        optimizer.step()
+        angles.append(optimizer.last_angle)
+    whole = lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x
+    return [whole(x.detach()) for x in (*angles, *model.parameters())]
+
+
+def process(rank, folder):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/meeting")
+    share = slice(4 * rank, 4 * rank + 4)
+    results = {}
+    for scope in ("global", "tensor"):
+        results["ddp", scope] = fit(nn.parallel.DistributedDataParallel(network()), scope, share)
+        model = network()
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        results["fsdp", scope] = fit(model, scope, share)
+        assert type(next(model.parameters())).__name__ == "Parameter" and hasattr(next(model.parameters()), "full_tensor")
+    h, W, y, _ = head()
+    record_topk((h @ W.T)[rank], y[rank], 0.8).save(f"{folder}/shard-{rank}.npz")
+    torch.save(results, f"{folder}/results-{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+def test_two_processes_take_the_steps_of_one_under_ddp_and_fsdp(tmp_path):
+    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        for (engine, scope), result in torch.load(tmp_path / f"results-{rank}").items():
+            for mine, alone in zip(result, fit(network(), scope)):
+                # sums over two halves: rounded in another order, through five steps of curvature about 1
+                torch.testing.assert_close(mine, alone, rtol=2**10 * EPS, atol=2**10 * EPS, msg=f"{engine} {scope} rank {rank}")
+    h, W, y, record = head()
+    joined = ReplayRecord.concat([ReplayRecord.load(tmp_path / f"shard-{rank}.npz") for rank in range(2)])
+    assert all(torch.equal(getattr(joined, name), getattr(record, name)) for name in ("token_ids", "offsets", "outside_mass"))
