@@ -282,7 +282,8 @@ class Model(nn.Module):
         half = WIDTH // HEADS // 2
         angle = torch.outer(torch.arange(start, start + tokens.shape[1], device=tokens.device),
                             1e3 ** -(torch.arange(half, device=tokens.device) / half))
-        x, turn = self.embedding(tokens), (angle.cos(), angle.sin())
+        x = self.embedding(tokens)
+        turn = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         # each position also gets the token before it, so that a single layer can look up "what followed this last time?"
         before = past.get("last", torch.zeros_like(x[:, :1]))
         past["last"] = x[:, -1:]
@@ -573,8 +574,10 @@ def main():
     size = sum(x.nbytes for x in (record.token_ids, record.offsets, record.outside_mass)) / len(record)
     print(f"Stage 0: {len(record):,} positions in {stage0_s:.1f} s; subsets of mean {sizes.mean():.0f}, median "
           f"{sizes.median():.0f} tokens at tau = {args.tau}; {size:.0f} bytes a position, dense float32 logits {4 * V}")
-    x, y = (part[:32].to(device) for part in data.domain_train)  # the outside mass is followed on 32 training examples
-    probe_record = record.select(torch.arange(int((y != IGNORE).sum())))
+    every = len(data.train) // 32  # the outside mass is followed on 32 training examples
+    rows = torch.arange(len(record)).split((data.domain_train[1] != IGNORE).sum(1).tolist())
+    x, y = (part[::every][:32].to(device) for part in data.domain_train)
+    probe_record = record.select(torch.cat(rows[::every][:32]))
 
     @torch.no_grad()
     def probe(model):

@@ -104,7 +104,7 @@ def test_decoding_with_kept_keys_equals_decoding_from_scratch():
 
 
 def test_runs_are_kept_across_an_interruption_and_reused(tmp_path, monkeypatch, capsys):
-    tiny = dict(script.BASE, steps=2, batch=2, schemas=3, sql_examples=50)
+    tiny = dict(script.BASE, steps=2, batch=3, schemas=3, sql_examples=50)
     monkeypatch.setattr(script, "QUICK_BASE", tiny)
     monkeypatch.setattr(script, "FORMS", dict(list(script.FORMS.items())[:3]))
     plain = " ".join(q + " " + sql for sql, questions in script.FORMS.items() for q in questions)
