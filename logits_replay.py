@@ -228,7 +228,7 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
     Tokens are ranked by probability, descending, equal probabilities by id, ascending: S_t is unique. p is the float32
     softmax (float64 for float64 logits), the running sum float64. tau = 1 takes every token that is needed for the
     rounded sum to reach 1, all V if it never does. K_t is exact at any size: a top-k of 64 tokens is tried first, and
-    the rows that it cannot decide are covered by a histogram of their probabilities (see `_cover`) or a full sort.
+    the rows that it cannot decide are covered by a histogram of their probabilities or a full sort.
 
     Args:
         logits: (..., V), finite, any floating dtype.   target: (...), integers in [0, V) or ignore_index.

@@ -26,7 +26,7 @@ def test_angle_equals_the_reference_at_any_scale(dtype, eps, scales, data):
     u, v = data.draw(vector_pairs(dtype, scales=scales))
     theta = angle_between(u, v)
     assert theta.dtype == dtype and theta.shape == ()
-    # Kahan's formula: a few roundings of unit vectors, plus those of n <= 8 terms
+    # a few roundings of vectors of largest entry 1, plus those of n <= 8 terms
     assert theta.item() == pytest.approx(reference.angle_between(u.tolist(), v.tolist()), abs=8 * eps)
 
 
