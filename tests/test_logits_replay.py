@@ -245,6 +245,23 @@ def test_the_linear_form_never_makes_an_N_by_V_tensor():
     assert seen.elements <= V * d  # dL/dW
 
 
+def test_outside_mass_never_rounds_to_more_than_one():
+    torch.manual_seed(0)
+    z, y = torch.randn(500, 50), torch.zeros(500, dtype=torch.int64)
+    z[:, 0] = -100  # all mass is outside; one row in seven adds up to more than 1
+    record = record_topk(z, y, 0.9, max_size=1)
+    assert (z.softmax(-1).sum(-1) > 1).any() and (record.outside_mass <= 1).all() and (outside_mass(z, record) <= 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_outside_mass_of_half_precision_logits_is_that_of_their_float32_values(dtype):
+    torch.manual_seed(0)
+    z, y = torch.randn(4, 300).to(dtype), torch.randint(300, (4,))
+    record = record_topk(z, y, 0.9)
+    assert torch.equal(outside_mass(z, record), outside_mass(z.float(), record))
+    assert torch.equal(record_topk(z.float(), y, 0.9).token_ids, record.token_ids)
+
+
 # --------------------------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("change, message", [

@@ -231,6 +231,20 @@ def restored(optimizer, weights):
     return other
 
 
+def test_loading_copies_the_moments_and_takes_a_parameter_without_state():
+    a, b = weights = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))]
+    optimizer = MoClip(weights, lr=0.1)
+    train(optimizer, [a], 2)  # b has no state yet
+    saved = optimizer.state_dict()
+    moment = saved["state"][0]["exp_avg"].clone()
+    other = MoClip([torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))])
+    other.load_state_dict(saved)
+    first, second = other.param_groups[0]["params"]
+    train(other, [first, second], 1)
+    assert torch.equal(saved["state"][0]["exp_avg"], moment)  # the step of `other` is not felt in `optimizer`
+    assert [other.state[p]["step"].item() for p in (first, second)] == [3, 1]
+
+
 def test_schedulers_closures_and_added_groups():
     w, late = torch.nn.Parameter(torch.tensor([1.0])), torch.nn.Parameter(torch.tensor([1.0]))
     optimizer = MoClip([w], lr=0.1)
