@@ -45,6 +45,8 @@ def grid():
 
     for seed in SEEDS:
         yield from runs("frontier", method=list(script.METHODS), lr=LEARNING_RATES, seed=seed)
+        yield from runs("renewed", method=("replay+adamw", "replay+moclip"), tau=(0.9, 0.95, 0.98), lr=(4e-4, 8e-4),
+                        variant="record every epoch", seed=seed)
         yield from runs("tau", method="replay+adamw", tau=(0.8, 0.9, 0.95, 0.98, 0.99, 0.995), seed=seed)
         yield from runs("angle", method="full+moclip", max_angle=(30.0, 60.0, 75.0, 90.0, 180.0), seed=seed)
         yield from runs("outside mass", variant=("", "frozen head", "record every epoch"), seed=seed)
@@ -177,7 +179,7 @@ MEASURES = (("accuracy", "domain_accuracy", "{:.1%}"), ("domain NLL", "domain_nl
             ("outside mass", "outside_mass_end", "{:.4f}"), ("tokens a row", "subset_size_mean", "{:.0f}"),
             ("ms in head", "head_ms", "{:.0f}"), ("angle", "angle_mean_deg", "{:.0f}°"), ("clipped", "clip_fraction", "{:.0%}"),
             ("momentum norm", "momentum_norm", "{:.2f}"))
-STUDIES = {"frontier": ("method", "lr"), "tau": ("tau",), "angle": ("batch", "max_angle"), "outside mass": ("variant", "tau", "lr"),
+STUDIES = {"frontier": ("method", "lr"), "renewed": ("method", "tau", "lr"), "tau": ("tau",), "angle": ("batch", "max_angle"), "outside mass": ("variant", "tau", "lr"),
            "scope": ("scope",), "stability": ("method", "max_angle", "lr", "variant")}
 
 
@@ -212,13 +214,15 @@ def figures(done):
     deviation = lambda rows, key: statistics.stdev(row[key] for row in rows) if len(rows) > 1 else 0.0
 
     def save(name, xlabel, ylabel):
-        plt.xlabel(xlabel), plt.ylabel(ylabel), plt.legend(), plt.grid(alpha=0.3), plt.tight_layout()
+        plt.xlabel(xlabel), plt.ylabel(ylabel), plt.legend(fontsize=8), plt.grid(alpha=0.3), plt.tight_layout()
         plt.savefig(FIGURES / name, metadata={"Date": None})
         plt.close()
 
     plt.figure(figsize=(6, 4))
     groups = rows_of(done, "frontier", "method", "lr")
-    for method in script.METHODS:
+    groups |= {(f"{m}, recorded every epoch", lr): rows for (m, tau, lr), rows in rows_of(done, "renewed", "method", "tau", "lr").items()
+               if tau == DEFAULT["tau"]}
+    for method in dict.fromkeys(m for m, _ in groups):
         mine = [rows for (m, _), rows in groups.items() if m == method]
         plt.errorbar([mean(r, "forgetting") for r in mine], [100 * mean(r, "domain_accuracy") for r in mine],
                      xerr=[deviation(r, "forgetting") for r in mine], yerr=[100 * deviation(r, "domain_accuracy") for r in mine],
