@@ -542,7 +542,7 @@ def main():
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=200, help="fine-tuning steps of 32 examples")
-    parser.add_argument("--lr", type=float, default=4e-4, help="learning rate (of 2e-4, 4e-4, 8e-4 the best for every method)")
+    parser.add_argument("--lr", type=float, default=4e-4, help="learning rate (README.md says how it was found)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the cache and of results.json")
     parser.add_argument("--quick", action="store_true", help="a smoke run: tiny base, few steps, one seed")
     args = parser.parse_args()
