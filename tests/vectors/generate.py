@@ -118,7 +118,7 @@ def rotations():
         if 2 * MARGIN < theta < math.pi - 2 * MARGIN:
             caps += [("just below the cap", theta + 2 * MARGIN), ("just beyond the cap", theta - 2 * MARGIN)]
         for cap, max_angle in caps:
-            if theta == max_angle or abs(theta - max_angle) > MARGIN or max_angle == 0:
+            if theta == max_angle or abs(theta - max_angle) > MARGIN:
                 rotated, _, clipped, antiparallel = reference.clip_angle(g, m, max_angle)
                 yield {"name": f"{name}, {cap}", "grad": g, "momentum": m, "max_angle": max_angle, "rotated": rotated,
                        "angle": theta, "clipped": clipped, "antiparallel": antiparallel}
