@@ -238,13 +238,13 @@ class MoClip(torch.optim.Optimizer):
         momenta = [self.state[p]["exp_avg"] for _, p in entries]
         theta, ratio = _angle(grads, momenta)
         A, B, clipped, antiparallel = _rotation(theta, entries[0][0]["max_angle"], torch.finfo(grads[0].dtype).eps)
-        kept = torch.where(antiparallel, torch.zeros_like(theta), 1)
+        turn, kept = B * ratio, torch.where(antiparallel, torch.zeros_like(theta), 1)
         for (group, p), g, m in zip(entries, grads, momenta):
             (beta1, beta2), lr, a, b = group["betas"], group["lr"], group["a"], group["b"]
             state, v = self.state[p], self.state[p]["exp_avg_sq"]
             state["step"] += 1
             # g~ = A g + B m |g|/|m|; unclipped A = 1 and B = 0, so g passes unchanged to the last bit
-            g = (g * A).addcmul_(m, B * ratio)
+            g = (g * A).addcmul_(m, turn)
             # m = beta1 m + (1 - beta1) g~, from m = 0 where the plane of the rotation is undefined
             m.mul_(beta1 * kept).add_(g, alpha=1 - beta1)
             # v = beta2 v + (1 - beta2) g~^2

@@ -3,6 +3,7 @@
     python train_small.py              # first run pretrains and caches the base; later runs start from the cache
     python train_small.py --quick      # smoke run of the same code path
     python train_small.py --tau 0.8    # see the outside mass run away
+    python train_small.py --rerecord   # see it held down: Stage 0 again at every epoch, with the model as it is then
 
 Nothing is downloaded. Read top to bottom: 1 general text, 2 domain, 3 tokenizer, 4 model, 5 base, 6 Stage 0,
 7 Stage 1, 8 evaluation, 9 the run. General text is the English prose that ships with every CPython; the domain is
@@ -361,7 +362,8 @@ def stage0(model, tokens, targets, tau, device):
     records = []
     for x, y in tqdm(list(zip(tokens.split(64), targets.split(64))), "Stage 0: recording", disable=None):
         scored = y != IGNORE
-        logits = model(x.to(device))[scored.to(device)] @ model.embedding.weight.T
+        used = int(scored.any(0).nonzero().max()) + 1  # the rest is padding
+        logits = model(x[:, :used].to(device))[scored[:, :used].to(device)] @ model.embedding.weight.T
         records.append(record_topk(logits, y[scored].to(device), tau))
     return ReplayRecord.concat(records)
 
@@ -391,7 +393,7 @@ def finetune(model, method, data, record, probe, args, seed, device):
         chunks = torch.randperm(len(tokens), generator=generator).split(8 * args.batch)
         epoch = torch.cat([chunk[lengths[chunk].argsort()] for chunk in chunks]).split(args.batch)
         order += [epoch[i] for i in torch.randperm(len(epoch), generator=generator)]
-    seen = collections.defaultdict(list)
+    seen, stage0_s = collections.defaultdict(list), 0.0
     W = model.embedding.weight
     model.train()
     bar = tqdm(range(args.steps), f"Stage 1: {method}, seed {seed}", disable=None)
@@ -399,6 +401,11 @@ def finetune(model, method, data, record, probe, args, seed, device):
         if step % max(1, args.steps // 10) == 0:
             seen["outside_mass"].append([step, probe(model)])
         start = clock(device)
+        if args.rerecord and loss_name == "replay" and 0 < step and step * args.batch % len(tokens) < args.batch:  # a new epoch
+            record = stage0(model, tokens, targets, args.tau, device)
+            model.train()
+            stage0_s += clock(device) - start
+            start = clock(device)
         T = lengths[batch].max()
         mask = scored[batch, :T]
         hidden = model(tokens[batch, :T].to(device))[mask.to(device)]
@@ -424,7 +431,7 @@ def finetune(model, method, data, record, probe, args, seed, device):
     seen["outside_mass"].append([args.steps, probe(model)])
     moclip = optimizer_name == "moclip"
     return {"step_ms": statistics.median(seen["step_ms"]), "head_ms": statistics.median(seen["head_ms"]),
-            "outside_mass_start": seen["outside_mass"][0][1], "outside_mass_end": seen["outside_mass"][-1][1],
+            "stage0_s": stage0_s, "outside_mass_start": seen["outside_mass"][0][1], "outside_mass_end": seen["outside_mass"][-1][1],
             "outside_mass_log": seen["outside_mass"], "train_nll_last": loss.item(),
             "angle_mean_deg": math.degrees(torch.stack(seen["angle"]).mean()) if moclip else None,
             "clip_fraction": torch.stack(seen["clipped"]).float().mean().item() if moclip else None}
@@ -543,6 +550,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=200, help="fine-tuning steps of 32 examples")
     parser.add_argument("--lr", type=float, default=4e-4, help="learning rate (README.md says how it was found)")
+    parser.add_argument("--rerecord", action="store_true", help="run Stage 0 again at every epoch")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the cache and of results.json")
     parser.add_argument("--quick", action="store_true", help="a smoke run: tiny base, few steps, one seed")
     args = parser.parse_args()
@@ -586,7 +594,7 @@ def main():
     # Stage 1: every finished run is kept in a file of its own and taken from there the next time
     sources = [Path(__file__).with_name(name).read_text() for name in ("train_small.py", "logits_replay.py", "moclip.py")]
     config = {"device": str(device), "tau": args.tau, "max_angle": args.max_angle, "steps": args.steps, "batch": args.batch,
-              "lr": args.lr, "per_form": args.per_form, "base": base_settings, "torch": torch.__version__,
+              "lr": args.lr, "rerecord": args.rerecord, "per_form": args.per_form, "base": base_settings, "torch": torch.__version__,
               "python": platform.python_version(), "threads": torch.get_num_threads()}
     runs = []
     for seed in args.seeds:
@@ -597,7 +605,7 @@ def main():
                 run = {"method": method, "seed": seed, **finetune(model, method, data.domain_train, record, probe, args, seed, device)}
                 run |= evaluate(model, data, device)
                 replay = method.startswith("replay")
-                run |= {"forgetting": run["general_nll"] - base["general_nll"], "stage0_s": stage0_s if replay else 0.0,
+                run |= {"forgetting": run["general_nll"] - base["general_nll"], "stage0_s": run["stage0_s"] + stage0_s * replay,
                         "subset_size_mean": sizes.mean().item() if replay else V, "record_bytes_per_position": size}
                 write_atomically(path, lambda temporary: temporary.write_text(json.dumps(run, indent=1)))
             runs.append(json.loads(path.read_text()))

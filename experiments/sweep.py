@@ -77,16 +77,6 @@ class Recording(MoClip):
         return loss
 
 
-class Renewed:
-    """Stands in for a record that is replaced while training goes on."""
-
-    def __init__(self, record):
-        self.record = record
-
-    def select(self, positions):
-        return self.record.select(positions)
-
-
 def run(data, state, records, settings, device):
     """One fine-tuning run with `settings`; returns its measurements."""
     s = SimpleNamespace(**settings)
@@ -108,17 +98,6 @@ def run(data, state, records, settings, device):
         model.embedding.weight.requires_grad_(False)  # tied: the embedding is frozen with it
     if s.variant == "bfloat16":
         model.bfloat16()
-    if s.variant == "record every epoch":
-        epoch = len(tokens) / s.batch
-        record = Renewed(record)
-        steps = iter(range(10**9))
-
-        def renew(*_):
-            step = next(steps)
-            if step and int(step / epoch) > int((step - 1) / epoch):
-                record.record = script.stage0(model, *data.domain_train, s.tau, device)
-                model.train()
-        model.norm.weight.register_hook(renew)  # called once a step, when the gradient arrives
     if s.variant == "spikes":
         steps = collections.Counter()
         for i, p in enumerate(model.parameters()):
@@ -130,7 +109,8 @@ def run(data, state, records, settings, device):
     script.MoClip = functools.partial(Recording, scope=s.scope)
     try:
         out = script.finetune(model, s.method, data.domain_train, record, probe,
-                              SimpleNamespace(lr=s.lr, max_angle=s.max_angle, steps=s.steps, batch=s.batch), s.seed, device)
+                              SimpleNamespace(lr=s.lr, max_angle=s.max_angle, steps=s.steps, batch=s.batch, tau=s.tau,
+                                              rerecord=s.variant == "record every epoch"), s.seed, device)
     finally:
         script.MoClip = MoClip
     out |= script.evaluate(model.float(), data, device)

@@ -134,3 +134,22 @@ def test_runs_are_kept_across_an_interruption_and_reused(tmp_path, monkeypatch, 
     for run in results["runs"]:
         assert run["forgetting"] == run["general_nll"] - results["base"]["general_nll"]
     assert "| replay+moclip |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method, rerecord, recordings", [("replay+adamw", True, 2), ("replay+adamw", False, 0), ("full+moclip", True, 0)])
+def test_rerecord_renews_the_record_at_every_epoch(method, rerecord, recordings, split, monkeypatch):
+    torch.manual_seed(0)
+    model = script.Model()
+    data = script.encode_domain(TOKENIZER, [(q[:20], sql[:10]) for q, sql in split[0][:8]])
+    stage0, records = script.stage0, []
+
+    def counted(*args):
+        records.append(stage0(*args))
+        return records[-1]
+
+    monkeypatch.setattr(script, "stage0", counted)
+    args = script.SimpleNamespace(lr=1e-2, max_angle=90.0, steps=5, batch=4, tau=0.5, rerecord=rerecord)  # 2 steps an epoch
+    first = stage0(model, *data, 0.5, torch.device("cpu"))
+    out = script.finetune(model, method, data, first, lambda model: 0.0, args, 0, torch.device("cpu"))
+    assert len(records) == recordings and (out["stage0_s"] > 0) == (recordings > 0)
+    assert not any(torch.equal(record.token_ids, first.token_ids) for record in records)  # of the model as it was then
