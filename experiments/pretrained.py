@@ -1,0 +1,186 @@
+"""A pretrained Hugging Face causal LM on the domain of train_small.py, with its own tokenizer, by the Hugging Face Trainer.
+
+    pip install transformers accelerate                        # and gguf, for a model in a GGUF file
+    python experiments/pretrained.py --model NAME_OR_DIR [--gguf FILE]
+    torchrun --nproc_per_node 2 experiments/pretrained.py --model NAME_OR_DIR
+
+Stage 0, evaluation and schedule are train_small.py's own functions; the model is only put into the shape that they
+expect. Under torchrun every process records its shard of the corpus and the Trainer wraps the model in DDP. Each method
+starts from the pretrained weights; what is measured goes to experiments/results/pretrained.json as soon as it is.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_small as script  # noqa: E402  (its folder is on the path only now)
+from logits_replay import ReplayRecord, linear_replay_cross_entropy  # noqa: E402
+from moclip import MoClip  # noqa: E402
+
+try:
+    import accelerate  # noqa: F401  (the Trainer needs it)
+    import transformers
+except ImportError as error:
+    raise SystemExit("this experiment needs: pip install transformers accelerate (and gguf, for a GGUF file)") from error
+
+
+class Tokens:
+    """A Hugging Face tokenizer with the three names that train_small.py uses."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids)
+
+
+class Hidden(torch.nn.Module):
+    """A Hugging Face model as train_small.py's `Model`: hidden states out, the head's weight as `embedding.weight`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.body, self.embedding = model.base_model, model.get_output_embeddings()
+
+    def forward(self, tokens, past=None):
+        keep = past is not None
+        out = self.body(input_ids=tokens, past_key_values=past.get("cache") if keep else None, use_cache=keep)
+        if keep:
+            past["cache"] = out.past_key_values
+        return out.last_hidden_state
+
+
+class ReplayTrainer(transformers.Trainer):
+    """Scores the positions that have a target, against the record if there is one, else with the full softmax."""
+
+    record = row_of = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        scored = inputs["labels"] != script.IGNORE
+        used = int(scored.any(0).nonzero().max()) + 1  # the rest is padding, on the right: no attention mask needed
+        mask = scored[:, :used]
+        out = model(input_ids=inputs["input_ids"][:, :used], output_hidden_states=True, logits_to_keep=1)
+        h, y = out.hidden_states[-1][mask], inputs["labels"][:, :used][mask]
+        head = self.model.get_output_embeddings().weight
+        if self.record is None:
+            loss = F.linear_cross_entropy(h, head, y)
+        else:
+            rows = self.row_of[inputs["index"].cpu(), :used][mask.cpu()]
+            loss = linear_replay_cross_entropy(h, head, y, self.record.select(rows.to(h.device)))
+        return (loss, out) if return_outputs else loss
+
+
+def record_shards(model, tokens, targets, tau, device):
+    """Stage 0: every process records its contiguous share of the corpus; `concat` joins them in order."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if world > 1 else 0
+    mine = script.stage0(model, tokens.tensor_split(world)[rank], targets.tensor_split(world)[rank], tau, device).to("cpu")
+    if world == 1:
+        return mine
+    shards = [None] * world
+    dist.all_gather_object(shards, mine)
+    return ReplayRecord.concat(shards)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help="name or folder of a causal LM")
+    parser.add_argument("--gguf", help="GGUF file in that folder")
+    parser.add_argument("--methods", nargs="+", default=list(script.METHODS), choices=script.METHODS)
+    parser.add_argument("--tau", type=float, default=0.95)
+    parser.add_argument("--max-angle", type=float, default=90, help="MoClip's cap, in degrees")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=16, help="examples a step and process")
+    parser.add_argument("--train", type=int, default=480, help="training examples")
+    parser.add_argument("--test", type=int, default=42, help="held-out questions and windows of general text")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=ROOT / "experiments/results/pretrained.json")
+    args = parser.parse_args()
+
+    source = {"gguf_file": args.gguf} if args.gguf else {}
+    tokens = Tokens(transformers.AutoTokenizer.from_pretrained(args.model, **source))
+    arguments = transformers.TrainingArguments(
+        tempfile.mkdtemp(), max_steps=args.steps, per_device_train_batch_size=args.batch, remove_unused_columns=False, max_grad_norm=0.0,
+        save_strategy="no", report_to=[], logging_strategy="no", seed=args.seed, use_cpu=not torch.cuda.is_available())
+    device, main_process = arguments.device, arguments.process_index == 0  # this also starts the processes' group
+
+    def fresh():
+        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, **source)
+        model.is_quantized = False  # the weights of a GGUF file are float32 by now; the flag still says otherwise
+        return model.to(device)
+
+    rng = random.Random(args.seed)
+    database = script.Database(rng)
+    train, test = script.domain_split(rng, database, 120)
+    train, test = train[:args.train], test[:args.test]
+    documents = script.general_documents()
+    prose = "\n\n".join(documents[name] for name in random.Random(args.seed).sample(sorted(documents), 20))
+    script.CONTEXT = 96
+    windows = torch.tensor(tokens.encode(prose)).unfold(0, script.CONTEXT + 1, script.CONTEXT)[:args.test]
+    data = SimpleNamespace(tokenizer=tokens, database=database, test=test, domain_test=script.encode_domain(tokens, test),
+                           general_test=(windows[:, :-1], windows[:, 1:]))
+    ids, labels = script.encode_domain(tokens, train)
+    dataset = [{"input_ids": x, "labels": y, "index": i} for i, (x, y) in enumerate(zip(ids, labels))]
+    row_of = ((labels != script.IGNORE).flatten().cumsum(0) - 1).view_as(labels)
+
+    config = {**{k: str(v) for k, v in vars(args).items() if k not in ("methods", "results")}, "model": Path(args.model).name, "world": arguments.world_size,
+              "transformers": transformers.__version__, "torch": torch.__version__}
+    done = json.loads(args.results.read_text()) if args.results.exists() else {}
+    if done.get("config") != config:
+        done = {"config": config, "runs": []}
+
+    def keep(row):
+        done["runs"].append(row)
+        if main_process:
+            args.results.parent.mkdir(parents=True, exist_ok=True)
+            script.write_atomically(args.results, lambda temporary: temporary.write_text(json.dumps(done, indent=1) + "\n"))
+
+    if not done["runs"]:
+        keep({"method": "base", **script.evaluate(Hidden(fresh()), data, device)})
+    record, stage0_s = None, None
+    for method in args.methods:
+        if any(run["method"] == method for run in done["runs"]):
+            continue
+        model, replay = fresh(), method.startswith("replay")
+        if replay and record is None:
+            start = time.perf_counter()
+            record = record_shards(Hidden(model), ids, labels, args.tau, device)
+            stage0_s = time.perf_counter() - start
+        optimizer = (torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0) if method.endswith("adamw") else
+                     MoClip(model.parameters(), args.lr, max_angle=math.radians(args.max_angle)))
+        trainer = ReplayTrainer(model, arguments, train_dataset=dataset, optimizers=(optimizer, script.warmup_then_linear(optimizer, args.steps)))
+        trainer.record, trainer.row_of = record.to(device) if replay else None, row_of
+        seconds = trainer.train().metrics["train_runtime"]
+        run = {"method": method, "step_ms": 1e3 * seconds / args.steps, **script.evaluate(Hidden(model), data, device)}
+        run["forgetting"] = run["general_nll"] - done["runs"][0]["general_nll"]
+        if replay:
+            sizes = record.subset_sizes.float()
+            run |= {"stage0_s": stage0_s, "subset_size_mean": sizes.mean().item(), "subset_size_median": sizes.median().item(),
+                    "record_bytes_per_position": sum(x.nbytes for x in (record.token_ids, record.offsets, record.outside_mass)) / len(record)}
+        keep(run)
+    if main_process:
+        print(json.dumps(config))
+        script.print_table(done["runs"][0], done["runs"][1:])
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
