@@ -25,7 +25,6 @@ made here is said in place and listed in README.md. Not here: several processes 
 
 import math
 import os
-import tempfile
 import warnings
 import zipfile
 from dataclasses import dataclass, fields
@@ -40,6 +39,7 @@ with warnings.catch_warnings():  # torch warns once that CSR tensors are in beta
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
 DTYPES = {"token_ids": torch.int32, "offsets": torch.int64, "outside_mass": torch.float32}
+SAMPLED_ON = ("cpu", "cuda")  # the devices on which torch has sampled_addmm
 
 
 def _require(ok: Tensor, message: str) -> None:
@@ -149,18 +149,17 @@ class ReplayRecord:
 
     def save(self, path) -> None:
         """Write an uncompressed .npz (one array per field, no pickle), atomically: a crash leaves the old file or the new."""
-        path = os.path.abspath(path)
-        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=os.path.basename(path) + ".")
+        temporary = f"{os.fsdecode(path)}.{os.getpid()}"
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "wb") as file:
                 np.savez(file, vocab_size=self.vocab_size, tau=self.tau,
                          **{name: getattr(self, name).numpy(force=True) for name in DTYPES})
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        finally:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
 
     @staticmethod
     def load(path) -> "ReplayRecord":
@@ -438,7 +437,7 @@ def linear_replay_cross_entropy(input: Tensor, linear_weight: Tensor, target: Te
     dtype, rows, ids = _wide_dtype(input, linear_weight), record.rows, record.token_ids
     h, W = input.reshape(-1, input.shape[-1]).to(dtype), linear_weight.to(dtype)
     _check_fit("input @ linear_weight.T", len(h), len(W), record)
-    if h.device.type in ("cpu", "cuda"):  # where sampled_addmm exists
+    if h.device.type in SAMPLED_ON:
         z = _SampledLogits.apply(h, W, rows, record.offsets.int(), ids)
     else:
         z = _gathered_logits(h, W, rows, ids)

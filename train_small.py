@@ -3,7 +3,8 @@
     python train_small.py              # first run pretrains and caches the base; later runs start from the cache
     python train_small.py --quick      # smoke run of the same code path
     python train_small.py --tau 0.8    # see the outside mass run away
-    python train_small.py --rerecord   # see it held down: Stage 0 again at every epoch, with the model as it is then
+    python train_small.py --record-at 0 69 138   # see it held down: Stage 0 again at every epoch, with the model as it is then
+    python train_small.py --record-at 20         # the full softmax for 20 steps, then Stage 0 and replay
 
 Nothing is downloaded. Read top to bottom: 1 general text, 2 domain, 3 tokenizer, 4 model, 5 base, 6 Stage 0,
 7 Stage 1, 8 evaluation, 9 the run. General text is the English prose that ships with every CPython; the domain is
@@ -393,15 +394,15 @@ def finetune(model, method, data, record, probe, args, seed, device):
         chunks = torch.randperm(len(tokens), generator=generator).split(8 * args.batch)
         epoch = torch.cat([chunk[lengths[chunk].argsort()] for chunk in chunks]).split(args.batch)
         order += [epoch[i] for i in torch.randperm(len(epoch), generator=generator)]
-    seen, stage0_s = collections.defaultdict(list), 0.0
+    seen, stage0_s, replay = collections.defaultdict(list), 0.0, loss_name == "replay"
     W = model.embedding.weight
     model.train()
     bar = tqdm(range(args.steps), f"Stage 1: {method}, seed {seed}", disable=None)
     for step, batch in zip(bar, order):
         if step % max(1, args.steps // 10) == 0:
-            seen["outside_mass"].append([step, probe(model)])
+            seen["outside_mass"].append([step, probe(model, record)])
         start = clock(device)
-        if args.rerecord and loss_name == "replay" and 0 < step and step * args.batch % len(tokens) < args.batch:  # a new epoch
+        if replay and step > 0 and step in args.record_at:  # Stage 0 late, or again: with the model as it is now
             record = stage0(model, tokens, targets, args.tau, device)
             model.train()
             stage0_s += clock(device) - start
@@ -410,10 +411,11 @@ def finetune(model, method, data, record, probe, args, seed, device):
         mask = scored[batch, :T]
         hidden = model(tokens[batch, :T].to(device))[mask.to(device)]
         y = targets[batch, :T][mask].to(device)
-        rows = record.select(row_of[batch, :T][mask].to(device)) if loss_name == "replay" else None
+        recorded = replay and step >= min(args.record_at)
+        rows = record.select(row_of[batch, :T][mask].to(device)) if recorded else None
         before_head = clock(device)
         h = hidden.detach().requires_grad_()  # cut here, so that the head can be timed; the gradient is the same
-        if loss_name == "replay":
+        if recorded:
             loss = linear_replay_cross_entropy(h, W, y, rows)
         else:
             loss = F.linear_cross_entropy(h, W, y)
@@ -428,11 +430,12 @@ def finetune(model, method, data, record, probe, args, seed, device):
         if optimizer_name == "moclip":
             seen["angle"].append(optimizer.last_angle)
             seen["clipped"].append(optimizer.last_clipped)
-    seen["outside_mass"].append([args.steps, probe(model)])
+    seen["outside_mass"].append([args.steps, probe(model, record)])
     moclip = optimizer_name == "moclip"
     return {"step_ms": statistics.median(seen["step_ms"]), "head_ms": statistics.median(seen["head_ms"]),
-            "stage0_s": stage0_s, "outside_mass_start": seen["outside_mass"][0][1], "outside_mass_end": seen["outside_mass"][-1][1],
-            "outside_mass_log": seen["outside_mass"], "train_nll_last": loss.item(),
+            "steps_s": sum(seen["step_ms"]) / 1e3, "stage0_s": stage0_s, "train_nll_last": loss.item(),
+            "subset_size_mean": record.subset_sizes.float().mean().item() if replay else V, "outside_mass_log": seen["outside_mass"],
+            "outside_mass_start": seen["outside_mass"][0][1], "outside_mass_end": seen["outside_mass"][-1][1],
             "angle_mean_deg": math.degrees(torch.stack(seen["angle"]).mean()) if moclip else None,
             "clip_fraction": torch.stack(seen["clipped"]).float().mean().item() if moclip else None}
 
@@ -518,7 +521,7 @@ def load_base(data, settings, out, device):
 
 COLUMNS = (("domain accuracy", "domain_accuracy", "{:.1%}"), ("domain NLL", "domain_nll", "{:.3f}"),
            ("general NLL", "general_nll", "{:.3f}"), ("forgetting", "forgetting", "{:.3f}"), ("ms a step", "step_ms", "{:.0f}"),
-           ("ms in head", "head_ms", "{:.0f}"), ("Stage 0 s", "stage0_s", "{:.1f}"), ("tokens a row", "subset_size_mean", "{:.0f}"),
+           ("ms in head", "head_ms", "{:.0f}"), ("s in all", "total_s", "{:.1f}"), ("tokens a row", "subset_size_mean", "{:.0f}"),
            ("outside mass before", "outside_mass_start", "{:.4f}"), ("after", "outside_mass_end", "{:.4f}"),
            ("angle", "angle_mean_deg", "{:.0f}°"), ("clipped", "clip_fraction", "{:.0%}"))
 
@@ -550,15 +553,15 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=200, help="fine-tuning steps of 32 examples")
     parser.add_argument("--lr", type=float, default=4e-4, help="learning rate (README.md says how it was found)")
-    parser.add_argument("--rerecord", action="store_true", help="run Stage 0 again at every epoch")
+    parser.add_argument("--record-at", nargs="+", type=int, default=[0], help="steps before which Stage 0 runs")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the cache and of results.json")
     parser.add_argument("--quick", action="store_true", help="a smoke run: tiny base, few steps, one seed")
     args = parser.parse_args()
     args.batch, args.per_form, base_settings = 32, 120, BASE
     if args.quick:
         args.steps, args.seeds, args.per_form, args.out, base_settings = 5, [0], 24, args.out / "quick", QUICK_BASE
-    if not (0 < args.tau <= 1 and 0 <= args.max_angle <= 180 and args.steps >= 1 and args.lr > 0):
-        parser.error("--tau must lie in (0, 1], --max-angle in [0, 180], --steps must be at least 1 and --lr positive")
+    if not (0 < args.tau <= 1 and 0 <= args.max_angle <= 180 and args.steps >= 1 and args.lr > 0 and set(args.record_at) <= set(range(args.steps))):
+        parser.error("--tau must lie in (0, 1], --max-angle in [0, 180], --record-at in [0, steps), --steps must be at least 1, --lr positive")
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
 
@@ -585,16 +588,16 @@ def main():
     every = len(data.train) // 32  # the outside mass is followed on 32 training examples
     rows = torch.arange(len(record)).split((data.domain_train[1] != IGNORE).sum(1).tolist())
     x, y = (part[::every][:32].to(device) for part in data.domain_train)
-    probe_record = record.select(torch.cat(rows[::every][:32]))
+    probe_rows = torch.cat(rows[::every][:32])
 
     @torch.no_grad()
-    def probe(model):
-        return outside_mass(model(x)[y != IGNORE] @ model.embedding.weight.T, probe_record).mean().item()
+    def probe(model, record):
+        return outside_mass(model(x)[y != IGNORE] @ model.embedding.weight.T, record.select(probe_rows)).mean().item()
 
     # Stage 1: every finished run is kept in a file of its own and taken from there the next time
     sources = [Path(__file__).with_name(name).read_text() for name in ("train_small.py", "logits_replay.py", "moclip.py")]
     config = {"device": str(device), "tau": args.tau, "max_angle": args.max_angle, "steps": args.steps, "batch": args.batch,
-              "lr": args.lr, "rerecord": args.rerecord, "per_form": args.per_form, "base": base_settings, "torch": torch.__version__,
+              "lr": args.lr, "record_at": args.record_at, "per_form": args.per_form, "base": base_settings, "torch": torch.__version__,
               "python": platform.python_version(), "threads": torch.get_num_threads()}
     runs = []
     for seed in args.seeds:
@@ -604,9 +607,9 @@ def main():
                 model = fresh()
                 run = {"method": method, "seed": seed, **finetune(model, method, data.domain_train, record, probe, args, seed, device)}
                 run |= evaluate(model, data, device)
-                replay = method.startswith("replay")
-                run |= {"forgetting": run["general_nll"] - base["general_nll"], "stage0_s": run["stage0_s"] + stage0_s * replay,
-                        "subset_size_mean": sizes.mean().item() if replay else V, "record_bytes_per_position": size}
+                run["stage0_s"] += stage0_s if method.startswith("replay") and 0 in args.record_at else 0.0
+                run |= {"forgetting": run["general_nll"] - base["general_nll"], "total_s": run["stage0_s"] + run["steps_s"],
+                        "record_bytes_per_position": size}
                 write_atomically(path, lambda temporary: temporary.write_text(json.dumps(run, indent=1)))
             runs.append(json.loads(path.read_text()))
             results = json.dumps({"config": config, "base": base, "runs": runs}, indent=1)

@@ -222,8 +222,8 @@ def measure_training(device, *_):
         out = {}
         for turn in range(2):
             for method in script.METHODS:
-                args = SimpleNamespace(lr=1e-9, max_angle=90.0, steps=30, batch=32, rerecord=False)
-                out.setdefault(method, []).append(script.finetune(model, method, data.domain_train, record, lambda model: 0.0, args, 0, device))
+                args = SimpleNamespace(lr=1e-9, max_angle=90.0, steps=30, batch=32, record_at=[0])
+                out.setdefault(method, []).append(script.finetune(model, method, data.domain_train, record, lambda model, record: 0.0, args, 0, device))
         ms = {m: {k: statistics.mean(r[k] for r in runs) for k in ("step_ms", "head_ms")} for m, runs in out.items()}
         dense, replay = ms["full+adamw"], ms["replay+moclip"]
         # operations: the head sees the scored positions only, the body also the prompts before them

@@ -88,11 +88,11 @@ def run(data, state, records, settings, device):
     tokens, targets = data.domain_train
     every = len(tokens) // 32
     rows = torch.arange(len(record)).split((targets != script.IGNORE).sum(1).tolist())
-    x, y, probe_record = tokens[::every][:32], targets[::every][:32], record.select(torch.cat(rows[::every][:32]))
+    x, y, probe_rows = tokens[::every][:32], targets[::every][:32], torch.cat(rows[::every][:32])
 
     @torch.no_grad()
-    def probe(model):
-        return outside_mass((model(x)[y != script.IGNORE] @ model.embedding.weight.T).float(), probe_record).mean().item()
+    def probe(model, record):
+        return outside_mass((model(x)[y != script.IGNORE] @ model.embedding.weight.T).float(), record.select(probe_rows)).mean().item()
 
     if s.variant == "frozen head":
         model.embedding.weight.requires_grad_(False)  # tied: the embedding is frozen with it
@@ -105,16 +105,16 @@ def run(data, state, records, settings, device):
                 steps[i] += 1
                 return gradient * 1e3 if steps[i] % 20 == 0 else gradient
             p.register_hook(spike)
+    record_at = [int(step) for step in s.variant.removeprefix("record at").split()] if "record at" in s.variant else [0]
     Recording.angles, Recording.norms = [], []
     script.MoClip = functools.partial(Recording, scope=s.scope)
     try:
         out = script.finetune(model, s.method, data.domain_train, record, probe,
-                              SimpleNamespace(lr=s.lr, max_angle=s.max_angle, steps=s.steps, batch=s.batch, tau=s.tau,
-                                              rerecord=s.variant == "record every epoch"), s.seed, device)
+                              SimpleNamespace(lr=s.lr, max_angle=s.max_angle, steps=s.steps, batch=s.batch, tau=s.tau, record_at=record_at),
+                              s.seed, device)
     finally:
         script.MoClip = MoClip
     out |= script.evaluate(model.float(), data, device)
-    out["subset_size_mean"] = records[s.tau].subset_sizes.float().mean().item()
     if Recording.angles:
         degrees = sorted(map(math.degrees, Recording.angles[1:]))
         out["angle_quantiles_deg"] = [degrees[int(q * (len(degrees) - 1))] for q in (0.05, 0.25, 0.5, 0.75, 0.95)]

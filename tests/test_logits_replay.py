@@ -78,6 +78,20 @@ def test_max_size_counts_gold_which_displaces_the_last_token():
     assert rows_of(record_topk(z, torch.tensor([1]), 0.99, max_size=2)) == [[0, 1]]
 
 
+@given(st.integers(0, 10**6), st.sampled_from([2, 30, 64, 65, 400]), st.booleans())
+def test_the_running_sum_tells_tau_from_the_next_number(seed, V, above):
+    p = torch.randn(1, V, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+    sums = np.cumsum(np.sort(p.log().softmax(-1)[0].numpy())[::-1].astype(np.float64))
+    K = 1 + seed % (V - 1)
+    tau = np.nextafter(sums[K - 1], 2.0) if above else sums[K - 1]  # float32 has no number between the two
+    row, = rows_of(record_topk(p.log(), p.argmax(-1), float(tau)))
+    assert len(row) == K + above
+
+
+def test_a_single_position_needs_no_leading_dimension():
+    assert rows_of(record_topk(Z[0], Y[0], 0.8)) == rows_of(RECORD)[:1]
+
+
 @given(st.integers(1, 3), st.integers(1, 4))
 def test_leading_dimensions_are_flattened_row_major(B, T):
     z, y = torch.randn(B, T, 9), torch.randint(9, (B, T))
@@ -181,13 +195,20 @@ def test_derivatives_and_second_derivatives(form):
     assert torch.autograd.gradcheck(function, (h, W, b)) and torch.autograd.gradgradcheck(function, (h, W, b))
 
 
-def test_gathering_and_sampling_agree():
+def test_where_torch_cannot_sample_the_logits_are_gathered_to_the_same_loss_and_gradients(monkeypatch):
     torch.manual_seed(0)
-    h, W = torch.randn(6, 4), torch.randn(20, 4)
-    record = record_topk(h @ W.T, torch.arange(6), 0.9)
-    sampled = logits_replay._SampledLogits.apply(h, W, record.rows, record.offsets.int(), record.token_ids)
-    # d = 4 products, each rounded once and added with three more roundings
-    torch.testing.assert_close(sampled, logits_replay._gathered_logits(h, W, record.rows, record.token_ids), rtol=0, atol=8 * 2.0**-23 * 16)
+    h, W, y = torch.randn(6, 4, requires_grad=True), torch.randn(20, 4, requires_grad=True), torch.arange(6)
+    record = record_topk(h @ W.T, y, 0.9)
+    calls, gather = [], logits_replay._gathered_logits
+    monkeypatch.setattr(logits_replay, "_gathered_logits", lambda *args: calls.append(0) or gather(*args))
+    loss = linear_replay_cross_entropy(h, W, y, record)
+    expected = loss, *torch.autograd.grad(loss, (h, W))
+    assert not calls
+    monkeypatch.setattr(logits_replay, "SAMPLED_ON", ())
+    loss = linear_replay_cross_entropy(h, W, y, record)
+    # logits of size 10 at most, from d = 4 products: each rounded once and added with three more roundings
+    torch.testing.assert_close((loss, *torch.autograd.grad(loss, (h, W))), expected, rtol=0, atol=8 * 2.0**-23 * 10)
+    assert len(calls) == 1
 
 
 def test_a_frozen_head_or_body_gets_no_gradient():
@@ -218,7 +239,13 @@ def test_half_precision_is_accumulated_in_float32(dtype):
     assert mine.dtype == torch.float32 and mine.item() == pytest.approx(exact.item(), rel=64 * 2.0**-23)  # 64 products
     mine.backward()
     assert h.grad.dtype == W.grad.dtype == dtype
-    assert linear_replay_cross_entropy(h, W.float(), y, record).item() == pytest.approx(exact.item(), rel=64 * 2.0**-23)
+    for wider in ((h.float(), W), (h, W.float())):
+        assert linear_replay_cross_entropy(*wider, y, record).item() == pytest.approx(exact.item(), rel=64 * 2.0**-23)
+    for wider in ((h.double(), W), (h, W.double())):
+        assert linear_replay_cross_entropy(*wider, y, record).item() == pytest.approx(exact.item(), rel=64 * 2.0**-52)
+    logits = h @ W.T
+    dense = replay_cross_entropy(logits, y, record)
+    assert dense.dtype == torch.float32 and dense.item() == pytest.approx(replay_cross_entropy(logits.double(), y, record).item(), rel=64 * 2.0**-23)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -269,7 +296,8 @@ def test_outside_mass_of_half_precision_logits_is_that_of_their_float32_values(d
     (dict(max_size=0), "max_size must be at least 1"),
     (dict(target=torch.tensor([2, 4, 0])), r"target must lie in \[0, 4\).*row 1"),
     (dict(target=torch.tensor([2, 1, -1])), r"target.*row 2"), (dict(target=torch.tensor([2.0, 1.0, 0.0])), "target must hold integers"),
-    (dict(target=torch.tensor([2, 1])), "logits of leading shape"),
+    (dict(target=torch.tensor([True, True, False])), "target must hold integers"), (dict(target=torch.tensor([2j, 1, 0])), "target must hold integers"),
+    (dict(target=torch.tensor([2, 1])), "logits of leading shape"), (dict(logits=torch.tensor(1.0), target=torch.tensor(0)), r"shape \(\.\.\., V\)"),
     (dict(logits=torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.0, math.inf, 0.0, 0.0], [0.0] * 4])), r"logits must be finite \(row 1\)"),
     (dict(logits=torch.tensor([[0.0] * 4, [0.0] * 4, [0.0, -math.inf, 0.0, 0.0]])), r"logits must be finite \(row 2\)"),
     (dict(logits=torch.tensor([[math.nan] + [0.0] * 3] + [[0.0] * 4] * 2)), r"logits must be finite \(row 0\)"),
@@ -282,6 +310,8 @@ def test_bad_input_to_record_topk(change, message):
 
 def test_finite_logits_with_an_infinite_sum_are_not_refused():
     assert rows_of(record_topk(torch.full((1, 4), 3e38), torch.tensor([0]), 0.25)) == [[0]]
+    with pytest.raises(ValueError, match=r"finite \(row 1\)"):  # and the row that is named is the one that is not finite
+        record_topk(torch.tensor([[3e38, 3e38], [math.inf, 0.0]]), torch.tensor([0, 0]), 0.25)
 
 
 @pytest.mark.parametrize("logits, target, record, options, message", [
@@ -342,17 +372,28 @@ FIELDS = dict(token_ids=RECORD.token_ids, offsets=RECORD.offsets, outside_mass=R
     (dict(token_ids=torch.tensor([0, 1, 2, 1])), "token_ids must be one-dimensional torch.int32"),
     (dict(token_ids=torch.tensor([0, 2, 1, 1], dtype=torch.int32)), r"ascending without duplicates \(row 0\)"),
     (dict(token_ids=torch.tensor([0, 1, 1, 1], dtype=torch.int32)), r"ascending without duplicates \(row 0\)"),
+    (dict(token_ids=torch.tensor([0, 3, 2, 1], dtype=torch.int32), offsets=torch.tensor([0, 1, 3, 4])), r"ascending without duplicates \(row 1\)"),
     (dict(token_ids=torch.tensor([0, 1, 4, 1], dtype=torch.int32)), r"token_ids must lie in \[0, 4\)"),
     (dict(token_ids=torch.tensor([-1, 1, 2, 1], dtype=torch.int32)), "token_ids must lie"),
     (dict(offsets=torch.tensor([0, 3, 4])), "offsets must hold 4"), (dict(offsets=torch.tensor([1, 3, 4, 4])), "offsets must hold"),
     (dict(offsets=torch.tensor([0, 3, 4, 5])), "offsets must hold"), (dict(offsets=torch.tensor([0, 4, 3, 4])), r"never decrease \(row 1\)"),
     (dict(outside_mass=torch.tensor([0.1, -0.1, 0.0])), r"outside_mass.*row 1"),
-    (dict(outside_mass=torch.tensor([0.1, 0.1, math.nan])), r"outside_mass.*row 2"), (dict(outside_mass=torch.zeros(3, 1)), "outside_mass must be"),
+    (dict(outside_mass=torch.tensor([1.0, 0.1, 1.0000001])), r"outside_mass.*row 2"), (dict(outside_mass=torch.tensor([0.1, 0.1, math.nan])), r"outside_mass.*row 2"), (dict(outside_mass=torch.zeros(3, 1)), "outside_mass must be"),
     (dict(vocab_size=0), "vocab_size"), (dict(vocab_size=2**31), "vocab_size"), (dict(tau=0.0), "tau"), (dict(tau=1.5), "tau"),
 ])
 def test_a_record_that_breaks_an_invariant_cannot_be_made(change, message):
     with pytest.raises(ValueError, match=message):
         ReplayRecord(**{**FIELDS, **change})
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_record_moves_with_all_its_fields(device):
+    moved = RECORD.to(device)
+    assert {getattr(moved, name).device.type for name in logits_replay.DTYPES} == {device} and same(moved.to("cpu"), RECORD)
+    assert same(moved.select([2, 0]).to("cpu"), RECORD.select([2, 0])) and torch.equal(moved.rows.cpu(), RECORD.rows)
 
 
 def same(a, b):
@@ -413,6 +454,9 @@ def test_a_crash_while_saving_leaves_the_old_file_and_no_other(tmp_path, monkeyp
     path = tmp_path / "record.npz"
     RECORD.save(path)
     before = path.read_bytes()
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # as readable for others as any file
+    (tmp_path / "plain").unlink()
 
     def crash(file, **arrays):
         file.write(b"half")

@@ -177,6 +177,11 @@ def train(optimizer, weights, steps, seed=0):
         optimizer.step()
 
 
+def test_defaults_are_those_of_the_docstring():
+    assert MoClip([torch.zeros(1)]).defaults == dict(lr=1e-3, betas=(0.9, 0.999), max_angle=math.pi / 2, a=4 / math.pi, b=1.0,
+                                                     weight_decay=0.0, scope="global")
+
+
 def test_the_first_step_reports_no_angle_and_moves_by_lr():
     w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = MoClip([w], lr=0.125)
@@ -265,7 +270,7 @@ def test_schedulers_closures_and_added_groups():
 
 @pytest.mark.parametrize("options, message", [
     (dict(lr=-1.0), "lr must"), (dict(lr=math.nan), "lr must"), (dict(weight_decay=-0.1), "weight_decay must"), (dict(a=0.0), "a must"),
-    (dict(b=math.inf), "b must"), (dict(betas=(0.9, 1.0)), "betas must"), (dict(betas=(-0.1, 0.9)), "betas must"), (dict(betas=(0.9,)), "betas must"),
+    (dict(b=math.inf), "b must"), (dict(lr=math.inf), "lr must"), (dict(weight_decay=math.inf), "weight_decay must"), (dict(betas=(0.9, 1.0)), "betas must"), (dict(betas=(-0.1, 0.9)), "betas must"), (dict(betas=(0.9,)), "betas must"),
     (dict(max_angle=90), "max_angle must lie in"), (dict(max_angle=-0.1), "max_angle"), (dict(scope="layer"), "scope must be")])
 def test_bad_hyperparameters(options, message):
     with pytest.raises(ValueError, match=message):

@@ -129,27 +129,40 @@ def test_runs_are_kept_across_an_interruption_and_reused(tmp_path, monkeypatch, 
     assert len(calls) == 5
     results = json.loads((tmp_path / "quick" / "results.json").read_text())
     assert set(results) == {"config", "base", "runs"} and [run["method"] for run in results["runs"]] == list(script.METHODS)
-    assert {"method", "seed", "domain_nll", "domain_accuracy", "general_nll", "forgetting", "step_ms", "head_ms", "stage0_s",
+    assert {"method", "seed", "domain_nll", "domain_accuracy", "general_nll", "forgetting", "step_ms", "head_ms", "stage0_s", "total_s",
             "subset_size_mean", "outside_mass_start", "outside_mass_end", "angle_mean_deg", "clip_fraction"} <= set(results["runs"][0])
     for run in results["runs"]:
         assert run["forgetting"] == run["general_nll"] - results["base"]["general_nll"]
     assert "| replay+moclip |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method, rerecord, recordings", [("replay+adamw", True, 2), ("replay+adamw", False, 0), ("full+moclip", True, 0)])
-def test_rerecord_renews_the_record_at_every_epoch(method, rerecord, recordings, split, monkeypatch):
+@pytest.mark.parametrize("method, record_at, recorded_at, replayed", [
+    ("replay+adamw", [0, 2, 4], [2, 4], 5), ("replay+moclip", [3], [3], 2), ("replay+adamw", [0], [], 5), ("full+moclip", [0, 2], [], 0)])
+def test_stage_0_runs_where_it_is_asked_for(method, record_at, recorded_at, replayed, split, monkeypatch):
     torch.manual_seed(0)
     model = script.Model()
     data = script.encode_domain(TOKENIZER, [(q[:20], sql[:10]) for q, sql in split[0][:8]])
-    stage0, records = script.stage0, []
-
-    def counted(*args):
-        records.append(stage0(*args))
-        return records[-1]
-
-    monkeypatch.setattr(script, "stage0", counted)
-    args = script.SimpleNamespace(lr=1e-2, max_angle=90.0, steps=5, batch=4, tau=0.5, rerecord=rerecord)  # 2 steps an epoch
+    stage0, replay_loss, events = script.stage0, script.linear_replay_cross_entropy, []
     first = stage0(model, *data, 0.5, torch.device("cpu"))
-    out = script.finetune(model, method, data, first, lambda model: 0.0, args, 0, torch.device("cpu"))
-    assert len(records) == recordings and (out["stage0_s"] > 0) == (recordings > 0)
+
+    def recording(*args):
+        events.append(stage0(*args))
+        return events[-1]
+
+    def replaying(*args):
+        events.append("replay")
+        return replay_loss(*args)
+
+    monkeypatch.setattr(script, "stage0", recording)
+    monkeypatch.setattr(script, "linear_replay_cross_entropy", replaying)
+    args = script.SimpleNamespace(lr=1e-2, max_angle=90.0, steps=5, batch=4, tau=0.5, record_at=record_at)
+    probed = []
+    out = script.finetune(model, method, data, first, lambda model, record: probed.append(record) or 0.0, args, 0, torch.device("cpu"))
+    assert events.count("replay") == replayed
+    records = [event for event in events if event != "replay"]
+    # the steps before a recording are those that are not left after it
+    assert [5 - events[events.index(r):].count("replay") for r in records] == recorded_at and (out["stage0_s"] > 0) == bool(records)
+    last = records[-1] if records else first
+    assert probed[0] is first and probed[-1] is last  # the outside mass is that of the record in use
     assert not any(torch.equal(record.token_ids, first.token_ids) for record in records)  # of the model as it was then
+    assert out["subset_size_mean"] == (last.subset_sizes.float().mean().item() if method[0] == "r" else script.V)
