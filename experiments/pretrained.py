@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_small as script  # noqa: E402  (its folder is on the path only now)
-from logits_replay import ReplayRecord, linear_replay_cross_entropy  # noqa: E402
+from logits_replay import ReplayRecord, linear_replay_cross_entropy, outside_mass  # noqa: E402
 from moclip import MoClip  # noqa: E402
 
 try:
@@ -69,12 +69,18 @@ class Hidden(torch.nn.Module):
 class ReplayTrainer(transformers.Trainer):
     """Scores the positions that have a target, against the record if there is one, else with the full softmax."""
 
-    record = row_of = None
+    record = row_of = stage0 = None
+    stage0_s = 0.0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         scored = inputs["labels"] != script.IGNORE
         used = int(scored.any(0).nonzero().max()) + 1  # the rest is padding, on the right: no attention mask needed
         mask = scored[:, :used]
+        if self.stage0 and self.record is None and self.state.global_step >= self.record_at:
+            start = time.perf_counter()
+            self.record = self.stage0()
+            self.stage0_s = time.perf_counter() - start
+            self.model.train()
         out = model(input_ids=inputs["input_ids"][:, :used], output_hidden_states=True, logits_to_keep=1)
         h, y = out.hidden_states[-1][mask], inputs["labels"][:, :used][mask]
         head = self.model.get_output_embeddings().weight
@@ -104,6 +110,7 @@ def main():
     parser.add_argument("--gguf", help="GGUF file in that folder")
     parser.add_argument("--methods", nargs="+", default=list(script.METHODS), choices=script.METHODS)
     parser.add_argument("--tau", type=float, default=0.95)
+    parser.add_argument("--record-at", type=int, default=0, help="the step before which Stage 0 runs; earlier ones use the full softmax")
     parser.add_argument("--max-angle", type=float, default=90, help="MoClip's cap, in degrees")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--steps", type=int, default=30)
@@ -142,37 +149,42 @@ def main():
 
     config = {**{k: str(v) for k, v in vars(args).items() if k not in ("methods", "results")}, "model": Path(args.model).name, "world": arguments.world_size,
               "transformers": transformers.__version__, "torch": torch.__version__}
-    done = json.loads(args.results.read_text()) if args.results.exists() else {}
-    if done.get("config") != config:
+    studies = json.loads(args.results.read_text()) if args.results.exists() else []
+    done = next((study for study in studies if study["config"] == config), None)
+    if done is None:
         done = {"config": config, "runs": []}
+        studies.append(done)
 
     def keep(row):
         done["runs"].append(row)
         if main_process:
             args.results.parent.mkdir(parents=True, exist_ok=True)
-            script.write_atomically(args.results, lambda temporary: temporary.write_text(json.dumps(done, indent=1) + "\n"))
+            script.write_atomically(args.results, lambda temporary: temporary.write_text(json.dumps(studies, indent=1) + "\n"))
 
     if not done["runs"]:
         keep({"method": "base", **script.evaluate(Hidden(fresh()), data, device)})
-    record, stage0_s = None, None
     for method in args.methods:
         if any(run["method"] == method for run in done["runs"]):
             continue
-        model, replay = fresh(), method.startswith("replay")
-        if replay and record is None:
-            start = time.perf_counter()
-            record = record_shards(Hidden(model), ids, labels, args.tau, device)
-            stage0_s = time.perf_counter() - start
+        model = fresh()
         optimizer = (torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0) if method.endswith("adamw") else
                      MoClip(model.parameters(), args.lr, max_angle=math.radians(args.max_angle)))
         trainer = ReplayTrainer(model, arguments, train_dataset=dataset, optimizers=(optimizer, script.warmup_then_linear(optimizer, args.steps)))
-        trainer.record, trainer.row_of = record.to(device) if replay else None, row_of
-        seconds = trainer.train().metrics["train_runtime"]
+        trainer.row_of, trainer.record_at = row_of, args.record_at
+        if method.startswith("replay"):
+            trainer.stage0 = lambda: record_shards(Hidden(model), ids, labels, args.tau, device).to(device)
+        seconds = trainer.train().metrics["train_runtime"] - trainer.stage0_s
         run = {"method": method, "step_ms": 1e3 * seconds / args.steps, **script.evaluate(Hidden(model), data, device)}
-        run["forgetting"] = run["general_nll"] - done["runs"][0]["general_nll"]
-        if replay:
+        run |= {"forgetting": run["general_nll"] - done["runs"][0]["general_nll"], "total_s": seconds + trainer.stage0_s}
+        record = trainer.record
+        if record is not None:
+            with torch.no_grad():  # on one training example in fifteen
+                x, y = ids[::15].to(device), labels[::15].to(device)
+                logits = Hidden(model)(x)[y != script.IGNORE] @ model.get_output_embeddings().weight.T
+                run["outside_mass_end"] = outside_mass(logits, record.select(row_of[::15][labels[::15] != script.IGNORE])).mean().item()
             sizes = record.subset_sizes.float()
-            run |= {"stage0_s": stage0_s, "subset_size_mean": sizes.mean().item(), "subset_size_median": sizes.median().item(),
+            run |= {"stage0_s": trainer.stage0_s, "subset_size_mean": sizes.mean().item(), "subset_size_median": sizes.median().item(),
+                    "outside_mass_start": record.outside_mass.mean().item(),
                     "record_bytes_per_position": sum(x.nbytes for x in (record.token_ids, record.offsets, record.outside_mass)) / len(record)}
         keep(run)
     if main_process:

@@ -30,8 +30,10 @@ from logits_replay import outside_mass  # noqa: E402
 from moclip import MoClip  # noqa: E402
 
 RESULTS, FIGURES = ROOT / "experiments/results/sweep.json", ROOT / "experiments/figures"
-DEFAULT = dict(method="replay+moclip", tau=0.98, max_angle=90.0, lr=4e-4, batch=32, steps=200, scope="global", variant="", seed=0)
+DEFAULT = dict(method="replay+moclip", tau=0.98, max_angle=90.0, lr=4e-4, batch=32, steps=200, scope="global", variant="", vocab=script.V,
+               seed=0)
 SEEDS = (0, 1, 2)
+REPLAY = ("replay+adamw", "replay+moclip")
 LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
 
 
@@ -45,11 +47,16 @@ def grid():
 
     for seed in SEEDS:
         yield from runs("frontier", method=list(script.METHODS), lr=LEARNING_RATES, seed=seed)
-        yield from runs("renewed", method=("replay+adamw", "replay+moclip"), tau=(0.9, 0.95, 0.98), lr=(4e-4, 8e-4),
-                        variant="record every epoch", seed=seed)
+        yield from runs("record at", method=REPLAY, lr=LEARNING_RATES, variant="record at 40", seed=seed)
+        yield from runs("record at", method=REPLAY, tau=0.99, variant="record at 40", seed=seed)
+        yield from runs("record at", variant=[f"record at {step}" for step in (10, 20, 40, 69)], seed=seed)
+        yield from runs("record at", method=REPLAY, lr=(4e-4, 8e-4), variant="record at 0 69 138", seed=seed)
+        yield from runs("record at", method=REPLAY, tau=0.95, variant="record at 0 69 138", seed=seed)
+        yield from runs("large head", method="full+adamw", lr=LEARNING_RATES, vocab=24576, seed=seed)
+        yield from runs("large head", method="replay+moclip", lr=LEARNING_RATES, variant="record at 40", vocab=24576, seed=seed)
         yield from runs("tau", method="replay+adamw", tau=(0.8, 0.9, 0.95, 0.98, 0.99, 0.995), seed=seed)
         yield from runs("angle", method="full+moclip", max_angle=(30.0, 60.0, 75.0, 90.0, 180.0), seed=seed)
-        yield from runs("outside mass", variant=("", "frozen head", "record every epoch"), seed=seed)
+        yield from runs("outside mass", variant=("", "frozen head", "record at 40", "record at 0 69 138"), seed=seed)
         yield from runs("outside mass", tau=0.995, seed=seed)
         yield from runs("outside mass", lr=1e-4, seed=seed)
         yield from runs("scope", scope=("global", "tensor"), seed=seed)
@@ -124,21 +131,32 @@ def run(data, state, records, settings, device):
 
 def study(device):
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    data = script.prepare(script.BASE, 120)
     out = ROOT / "runs"
     out.mkdir(exist_ok=True)
-    state, key = script.load_base(data, script.BASE, out, device)
-    done = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"base": None, "runs": []}
-    if done["base"] is None or done["base"]["key"] != key:
-        model = script.Model().to(device)
-        model.load_state_dict(state)
-        done = {"base": {"key": key, **script.evaluate(model, data, device)}, "torch": torch.__version__, "runs": []}
-    finished, records = {name_of(row["settings"]) for row in done["runs"]}, {}
+    done = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"torch": torch.__version__, "bases": {}, "runs": []}
+
+    @functools.cache
+    def at(vocab):
+        """Data, base model and an empty cache of records for this vocabulary size."""
+        data = script.prepare(script.BASE, 120)
+        state, key = script.load_base(data, script.BASE, out, device)
+        if done["bases"].get(str(vocab), {"key": None})["key"] != key:
+            model = script.Model().to(device)
+            model.load_state_dict(state)
+            done["bases"][str(vocab)] = {"key": key, **script.evaluate(model, data, device)}
+            done["runs"] = [row for row in done["runs"] if row["settings"]["vocab"] != vocab]
+        return data, state, {}
+
+    for vocab in dict.fromkeys(settings["vocab"] for _, settings in grid()):
+        script.V = vocab
+        at(vocab)
+    finished = {name_of(row["settings"]) for row in done["runs"]}
     todo = list({name_of(s): s for _, s in grid() if name_of(s) not in finished}.values())
     for settings in tqdm(todo, "study", disable=None):
-        start = time.time()
-        measured = run(data, state, records, settings, device)
-        measured["forgetting"] = measured["general_nll"] - done["base"]["general_nll"]
+        script.V = settings["vocab"]
+        prepared, start = at(script.V), time.time()
+        measured = run(*prepared, settings, device)
+        measured["forgetting"] = measured["general_nll"] - done["bases"][str(script.V)]["general_nll"]
         done["runs"].append({"settings": settings, "seconds": time.time() - start, **measured})
         text = json.dumps({**done, "runs": []}, indent=1)[:-4] + "[\n" + ",\n".join(map(json.dumps, done["runs"])) + "\n]\n}\n"
         script.write_atomically(RESULTS, lambda temporary: temporary.write_text(text))
@@ -157,9 +175,9 @@ def rows_of(done, study, *by):
 
 MEASURES = (("accuracy", "domain_accuracy", "{:.1%}"), ("domain NLL", "domain_nll", "{:.3f}"), ("forgetting", "forgetting", "{:.3f}"),
             ("outside mass", "outside_mass_end", "{:.4f}"), ("tokens a row", "subset_size_mean", "{:.0f}"),
-            ("ms in head", "head_ms", "{:.0f}"), ("angle", "angle_mean_deg", "{:.0f}°"), ("clipped", "clip_fraction", "{:.0%}"),
+            ("ms a step", "step_ms", "{:.0f}"), ("ms in head", "head_ms", "{:.0f}"), ("angle", "angle_mean_deg", "{:.0f}°"), ("clipped", "clip_fraction", "{:.0%}"),
             ("momentum norm", "momentum_norm", "{:.2f}"))
-STUDIES = {"frontier": ("method", "lr"), "renewed": ("method", "tau", "lr"), "tau": ("tau",), "angle": ("batch", "max_angle"), "outside mass": ("variant", "tau", "lr"),
+STUDIES = {"frontier": ("method", "lr"), "record at": ("method", "variant", "tau", "lr"), "large head": ("method", "variant", "lr"), "tau": ("tau",), "angle": ("batch", "max_angle"), "outside mass": ("variant", "tau", "lr"),
            "scope": ("scope",), "stability": ("method", "max_angle", "lr", "variant")}
 
 
@@ -200,8 +218,8 @@ def figures(done):
 
     plt.figure(figsize=(6, 4))
     groups = rows_of(done, "frontier", "method", "lr")
-    groups |= {(f"{m}, recorded every epoch", lr): rows for (m, tau, lr), rows in rows_of(done, "renewed", "method", "tau", "lr").items()
-               if tau == DEFAULT["tau"]}
+    groups |= {(f"{m}, recorded at step 40", lr): rows for (m, variant, tau, lr), rows in rows_of(done, "record at", "method", "variant", "tau", "lr").items()
+               if (variant, tau) == ("record at 40", DEFAULT["tau"])}
     for method in dict.fromkeys(m for m, _ in groups):
         mine = [rows for (m, _), rows in groups.items() if m == method]
         plt.errorbar([mean(r, "forgetting") for r in mine], [100 * mean(r, "domain_accuracy") for r in mine],
