@@ -97,9 +97,16 @@ def run(data, state, records, settings, device):
     rows = torch.arange(len(record)).split((targets != script.IGNORE).sum(1).tolist())
     x, y, probe_rows = tokens[::every][:32], targets[::every][:32], torch.cat(rows[::every][:32])
 
+    gold_outside = []
+
     @torch.no_grad()
     def probe(model, record):
-        return outside_mass((model(x)[y != script.IGNORE] @ model.embedding.weight.T).float(), record.select(probe_rows)).mean().item()
+        """The outside mass; noted beside it: the share of positions whose gold token is not among the top-K of this moment."""
+        z, gold = (model(x)[y != script.IGNORE] @ model.embedding.weight.T).float(), y[y != script.IGNORE]
+        p = z.softmax(-1)
+        p_gold = p.gather(1, gold[:, None])
+        gold_outside.append((torch.where(p > p_gold, p, 0).sum(1) >= s.tau).float().mean().item())
+        return outside_mass(z, record.select(probe_rows)).mean().item()
 
     if s.variant == "frozen head":
         model.embedding.weight.requires_grad_(False)  # tied: the embedding is frozen with it
@@ -122,6 +129,7 @@ def run(data, state, records, settings, device):
     finally:
         script.MoClip = MoClip
     out |= script.evaluate(model.float(), data, device)
+    out["gold_outside_log"] = [[step, share] for (step, _), share in zip(out["outside_mass_log"], gold_outside)]
     if Recording.angles:
         degrees = sorted(map(math.degrees, Recording.angles[1:]))
         out["angle_quantiles_deg"] = [degrees[int(q * (len(degrees) - 1))] for q in (0.05, 0.25, 0.5, 0.75, 0.95)]
