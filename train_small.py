@@ -17,8 +17,10 @@ Shapes: B sequences of T tokens, flattened row-major to N positions; d = width, 
 import argparse
 import ast
 import collections
+import copy
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -27,7 +29,6 @@ import random
 import re
 import sqlite3
 import statistics
-import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -169,15 +170,11 @@ class Database:
         allowed = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ}
         self.connection.set_authorizer(lambda action, _, name, *__: sqlite3.SQLITE_OK if action in allowed or (
             action == sqlite3.SQLITE_FUNCTION and name in ("count", "sum", "avg", "min", "max")) else sqlite3.SQLITE_DENY)
-        self.connection.set_progress_handler(self._tick, 1000)
-
-    def _tick(self):
-        self.ticks += 1
-        return self.ticks > 1000  # a million virtual-machine steps: then the query is stopped
 
     def rows(self, sql):
         """The rows of a query, at most 1000 of them; None if it fails."""
-        self.ticks = 0
+        thousands = itertools.count(1)
+        self.connection.set_progress_handler(lambda: next(thousands) > 1000, 1000)  # stop after a million virtual-machine steps
         try:
             return self.connection.execute(sql).fetchmany(1000)
         except (sqlite3.Error, sqlite3.Warning, ValueError):
@@ -356,16 +353,21 @@ def encode_domain(tokenizer, pairs):
     return tokens, targets
 
 
+def scored_hidden(model, tokens, targets, device):
+    """The model's hidden states (N, d) at the positions with a target, in row-major order, and those targets (N,)."""
+    scored = targets != IGNORE
+    used = int(scored.any(0).nonzero().max()) + 1  # the rest is padding
+    return model(tokens[:, :used].to(device))[scored[:, :used].to(device)], targets[scored].to(device)
+
+
 @torch.no_grad()
 def stage0(model, tokens, targets, tau, device):
-    """Record S_t for every scored position, in row-major order, under the base model."""
+    """Record S_t for every scored position, in row-major order, under the model as it is."""
     model.eval()
     records = []
     for x, y in tqdm(list(zip(tokens.split(64), targets.split(64))), "Stage 0: recording", disable=None):
-        scored = y != IGNORE
-        used = int(scored.any(0).nonzero().max()) + 1  # the rest is padding
-        logits = model(x[:, :used].to(device))[scored[:, :used].to(device)] @ model.embedding.weight.T
-        records.append(record_topk(logits, y[scored].to(device), tau))
+        hidden, gold = scored_hidden(model, x, y, device)
+        records.append(record_topk(hidden @ model.embedding.weight.T, gold, tau))
     return ReplayRecord.concat(records)
 
 
@@ -377,67 +379,69 @@ def clock(device):
     return time.perf_counter()
 
 
+def domain_batches(targets, size, seed):
+    """Batches of example numbers: an epoch is shuffled, then alike in length within 8 batches, so that little is padding."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = targets.shape[1] - (targets != IGNORE).flip(1).int().argmax(1)
+    while True:
+        chunks = torch.randperm(len(lengths), generator=generator).split(8 * size)
+        epoch = torch.cat([chunk[lengths[chunk].argsort()] for chunk in chunks]).split(size)
+        for i in torch.randperm(len(epoch), generator=generator):
+            yield epoch[i]
+
+
 def finetune(model, method, data, record, probe, args, seed, device):
-    """Train on the domain's SQL tokens with one of the four methods; returns what was measured on the way."""
-    loss_name, optimizer_name = method.split("+")
-    lr, (tokens, targets) = args.lr, data
-    if optimizer_name == "adamw":
-        optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0)
+    """Train on the domain's SQL tokens with one of the four methods; returns what was measured on the way.
+
+    `record` is the base's; `probe(model, record)` returns the outside mass, which is followed for every method.
+    """
+    (tokens, targets), head = data, model.embedding.weight
+    replay, moclip = method.startswith("replay"), method.endswith("moclip")
+    if moclip:
+        optimizer = MoClip(model.parameters(), args.lr, max_angle=math.radians(args.max_angle))
     else:
-        optimizer = MoClip(model.parameters(), lr, max_angle=math.radians(args.max_angle))
+        optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0)
     schedule = warmup_then_linear(optimizer, args.steps)
-    scored = targets != IGNORE
-    row_of = (scored.flatten().cumsum(0) - 1).view_as(scored)  # position -> row of the record
-    lengths = scored.shape[1] - scored.flip(1).int().argmax(1)
-    generator, order = torch.Generator().manual_seed(seed), []
-    while len(order) < args.steps:  # an epoch: shuffled, then alike in length within 8 batches, so that little is padding
-        chunks = torch.randperm(len(tokens), generator=generator).split(8 * args.batch)
-        epoch = torch.cat([chunk[lengths[chunk].argsort()] for chunk in chunks]).split(args.batch)
-        order += [epoch[i] for i in torch.randperm(len(epoch), generator=generator)]
-    seen, stage0_s, replay = collections.defaultdict(list), 0.0, loss_name == "replay"
-    W = model.embedding.weight
+    rows = torch.arange(len(record)).split((targets != IGNORE).sum(1).tolist())  # example -> its rows of the record
+    step_ms, head_ms, angles, clipped, outside, stage0_s = [], [], [], [], [], 0.0
     model.train()
     bar = tqdm(range(args.steps), f"Stage 1: {method}, seed {seed}", disable=None)
-    for step, batch in zip(bar, order):
+    for step, batch in zip(bar, domain_batches(targets, args.batch, seed)):
         if step % max(1, args.steps // 10) == 0:
-            seen["outside_mass"].append([step, probe(model, record)])
+            outside.append([step, probe(model, record)])
         start = clock(device)
         if replay and step > 0 and step in args.record_at:  # Stage 0 late, or again: with the model as it is now
             record = stage0(model, tokens, targets, args.tau, device)
             model.train()
             stage0_s += clock(device) - start
             start = clock(device)
-        T = lengths[batch].max()
-        mask = scored[batch, :T]
-        hidden = model(tokens[batch, :T].to(device))[mask.to(device)]
-        y = targets[batch, :T][mask].to(device)
-        recorded = replay and step >= min(args.record_at)
-        rows = record.select(row_of[batch, :T][mask].to(device)) if recorded else None
+        hidden, gold = scored_hidden(model, tokens[batch], targets[batch], device)
+        replayed = replay and step >= min(args.record_at)  # before the first Stage 0: the full softmax
+        subsets = record.select(torch.cat([rows[i] for i in batch])) if replayed else None
         before_head = clock(device)
         h = hidden.detach().requires_grad_()  # cut here, so that the head can be timed; the gradient is the same
-        if recorded:
-            loss = linear_replay_cross_entropy(h, W, y, rows)
+        if replayed:
+            loss = linear_replay_cross_entropy(h, head, gold, subsets)
         else:
-            loss = F.linear_cross_entropy(h, W, y)
+            loss = F.linear_cross_entropy(h, head, gold)
         optimizer.zero_grad()
         loss.backward()
         after_head = clock(device)
         hidden.backward(h.grad)
         optimizer.step()
         schedule.step()
-        seen["step_ms"].append(1e3 * (clock(device) - start))
-        seen["head_ms"].append(1e3 * (after_head - before_head))
-        if optimizer_name == "moclip":
-            seen["angle"].append(optimizer.last_angle)
-            seen["clipped"].append(optimizer.last_clipped)
-    seen["outside_mass"].append([args.steps, probe(model, record)])
-    moclip = optimizer_name == "moclip"
-    return {"step_ms": statistics.median(seen["step_ms"]), "head_ms": statistics.median(seen["head_ms"]),
-            "steps_s": sum(seen["step_ms"]) / 1e3, "stage0_s": stage0_s, "train_nll_last": loss.item(),
-            "subset_size_mean": record.subset_sizes.float().mean().item() if replay else V, "outside_mass_log": seen["outside_mass"],
-            "outside_mass_start": seen["outside_mass"][0][1], "outside_mass_end": seen["outside_mass"][-1][1],
-            "angle_mean_deg": math.degrees(torch.stack(seen["angle"]).mean()) if moclip else None,
-            "clip_fraction": torch.stack(seen["clipped"]).float().mean().item() if moclip else None}
+        step_ms.append(1e3 * (clock(device) - start))
+        head_ms.append(1e3 * (after_head - before_head))
+        if moclip:
+            angles.append(optimizer.last_angle)
+            clipped.append(optimizer.last_clipped)
+    outside.append([args.steps, probe(model, record)])
+    return {"step_ms": statistics.median(step_ms), "head_ms": statistics.median(head_ms), "steps_s": sum(step_ms) / 1e3,
+            "stage0_s": stage0_s, "train_nll_last": loss.item(),
+            "subset_size_mean": record.subset_sizes.float().mean().item() if replay else V,
+            "outside_mass_log": outside, "outside_mass_start": outside[0][1], "outside_mass_end": outside[-1][1],
+            "angle_mean_deg": math.degrees(torch.stack(angles).mean()) if moclip else None,
+            "clip_fraction": torch.stack(clipped).float().mean().item() if moclip else None}
 
 
 # ---------------------------------------------------------------------------------------------- 8. evaluation
@@ -448,9 +452,8 @@ def nll(model, tokens, targets, device):
     model.eval()
     total = 0.0
     for x, y in zip(tokens.split(64), targets.split(64)):
-        scored = y != IGNORE
-        h = model(x.to(device))[scored.to(device)]
-        total += F.linear_cross_entropy(h, model.embedding.weight, y[scored].to(device), reduction="sum").item()
+        hidden, gold = scored_hidden(model, x, y, device)
+        total += F.linear_cross_entropy(hidden, model.embedding.weight, gold, reduction="sum").item()
     return total / (targets != IGNORE).sum().item()
 
 
@@ -460,12 +463,9 @@ def generate(model, tokenizer, questions, device):
     model.eval()
     prompts = [tokenizer.encode(prompt(q)) for q in questions]
     answers = [""] * len(prompts)
-    by_length = collections.defaultdict(list)
-    for i, p in enumerate(prompts):
-        by_length[len(p)].append(i)
-    for length, members in tqdm(sorted(by_length.items()), "generating SQL", disable=None, leave=False):
-        past = {}
-        new, out = torch.tensor([prompts[i] for i in members], device=device), []
+    for length in tqdm(sorted(set(map(len, prompts))), "generating SQL", disable=None, leave=False):
+        members = [i for i, ids in enumerate(prompts) if len(ids) == length]
+        new, past, out = torch.tensor([prompts[i] for i in members], device=device), {}, []
         for _ in range(CONTEXT - length):
             new = (model(new, past)[:, -1] @ model.embedding.weight.T).argmax(-1, keepdim=True)
             out.append(new)
@@ -479,8 +479,9 @@ def generate(model, tokenizer, questions, device):
 def evaluate(model, data, device):
     answers = generate(model, data.tokenizer, [q for q, _ in data.test], device)
     right = sum(data.database.agrees(answer, gold) for answer, (_, gold) in zip(answers, data.test))
+    samples = [" ".join(answer.split())[:100] for answer in answers[::len(answers) // 3][:3]]
     return {"domain_nll": nll(model, *data.domain_test, device), "domain_accuracy": right / len(data.test),
-            "general_nll": nll(model, *data.general_test, device), "samples": [" ".join(answer.split())[:100] for answer in answers[::len(answers) // 3][:3]]}
+            "general_nll": nll(model, *data.general_test, device), "samples": samples}
 
 
 # ---------------------------------------------------------------------------------------------- 9. the run
@@ -528,25 +529,21 @@ COLUMNS = (("domain accuracy", "domain_accuracy", "{:.1%}"), ("domain NLL", "dom
 
 def print_table(base, runs):
     """One row a method, mean ± standard deviation over the seeds, as a Markdown table."""
-    table = [["method", *(title for title, _, _ in COLUMNS)]]
-    for method in ["base", *dict.fromkeys(run["method"] for run in runs)]:
-        mine = [base] if method == "base" else [run for run in runs if run["method"] == method]
+    table = [["method", *(title for title, _, _ in COLUMNS)], ["---"] * (len(COLUMNS) + 1)]
+    for method in dict.fromkeys(run["method"] for run in [base, *runs]):
         table.append([method])
         for _, key, form in COLUMNS:
-            values = [run[key] for run in mine if run.get(key) is not None]
+            values = [run[key] for run in [base, *runs] if run["method"] == method and run.get(key) is not None]
             spread = " ± " + form.format(statistics.stdev(values)) if len(set(values)) > 1 else ""
             table[-1].append(form.format(statistics.mean(values)) + spread if values else "")
     widths = [max(map(len, column)) for column in zip(*table)]
-    for i, row in enumerate(table):
+    for row in table:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
-        if i == 0:
-            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else
-                        "mps" if torch.backends.mps.is_available() else "cpu")
+    parser.add_argument("--device", default=torch.accelerator.current_accelerator(check_available=True) or "cpu")
     parser.add_argument("--tau", type=float, default=0.98, help="coverage of the recorded subsets, in (0, 1]")
     parser.add_argument("--max-angle", type=float, default=90, help="MoClip's cap, in degrees")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
@@ -560,8 +557,10 @@ def main():
     args.batch, args.per_form, base_settings = 32, 120, BASE
     if args.quick:
         args.steps, args.seeds, args.per_form, args.out, base_settings = 5, [0], 24, args.out / "quick", QUICK_BASE
-    if not (0 < args.tau <= 1 and 0 <= args.max_angle <= 180 and args.steps >= 1 and args.lr > 0 and set(args.record_at) <= set(range(args.steps))):
-        parser.error("--tau must lie in (0, 1], --max-angle in [0, 180], --record-at in [0, steps), --steps must be at least 1, --lr positive")
+    if not (0 < args.tau <= 1 and 0 <= args.max_angle <= 180 and 0 < args.lr < math.inf and args.steps >= 1):
+        parser.error("--tau must lie in (0, 1], --max-angle in [0, 180], --lr be positive and finite, --steps at least 1")
+    if not set(args.record_at) <= set(range(args.steps)):
+        parser.error("--record-at must lie in [0, steps)")
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
 
@@ -569,57 +568,55 @@ def main():
     print(f"general: {len(data.streams[0]):,} training tokens; SQL over other schemas: {len(data.streams[1]):,} tokens; "
           f"domain: {len(data.train)} questions, {len(data.test)} held out")
     state, key = load_base(data, base_settings, args.out, device)
+    base_model = Model().to(device)
+    base_model.load_state_dict(state)
+    base = {"method": "base", "key": key, "parameters": sum(p.numel() for p in base_model.parameters()),
+            **evaluate(base_model, data, device)}
 
-    def fresh():
-        model = Model().to(device)
-        model.load_state_dict(state)
-        return model
-
-    base = {"key": key, "parameters": sum(p.numel() for p in fresh().parameters()), **evaluate(fresh(), data, device)}
-
-    # Stage 0
+    # Stage 0, under the base
     start = clock(device)
-    record = stage0(fresh(), *data.domain_train, args.tau, device)
+    record = stage0(base_model, *data.domain_train, args.tau, device)
     stage0_s = clock(device) - start
-    sizes = record.subset_sizes.float()
     size = sum(x.nbytes for x in (record.token_ids, record.offsets, record.outside_mass)) / len(record)
-    print(f"Stage 0: {len(record):,} positions in {stage0_s:.1f} s; subsets of mean {sizes.mean():.0f}, median "
-          f"{sizes.median():.0f} tokens at tau = {args.tau}; {size:.0f} bytes a position, dense float32 logits {4 * V}")
+    print(f"Stage 0: {len(record):,} positions in {stage0_s:.1f} s; a position at tau = {args.tau}: "
+          f"{record.subset_sizes.float().mean():.0f} tokens in {size:.0f} bytes; its float32 logits would take {4 * V}")
     every = len(data.train) // 32  # the outside mass is followed on 32 training examples
+    tokens, targets = (part[::every][:32] for part in data.domain_train)
     rows = torch.arange(len(record)).split((data.domain_train[1] != IGNORE).sum(1).tolist())
-    x, y = (part[::every][:32].to(device) for part in data.domain_train)
     probe_rows = torch.cat(rows[::every][:32])
 
     @torch.no_grad()
     def probe(model, record):
-        return outside_mass(model(x)[y != IGNORE] @ model.embedding.weight.T, record.select(probe_rows)).mean().item()
+        hidden, _ = scored_hidden(model, tokens, targets, device)
+        return outside_mass(hidden @ model.embedding.weight.T, record.select(probe_rows)).mean().item()
 
     # Stage 1: every finished run is kept in a file of its own and taken from there the next time
     sources = [Path(__file__).with_name(name).read_text() for name in ("train_small.py", "logits_replay.py", "moclip.py")]
-    config = {"device": str(device), "tau": args.tau, "max_angle": args.max_angle, "steps": args.steps, "batch": args.batch,
-              "lr": args.lr, "record_at": args.record_at, "per_form": args.per_form, "base": base_settings, "torch": torch.__version__,
-              "python": platform.python_version(), "threads": torch.get_num_threads()}
+    config = {name: getattr(args, name) for name in ("tau", "max_angle", "steps", "batch", "lr", "record_at", "per_form")}
+    config |= {"device": str(device), "base": base_settings, "torch": torch.__version__, "python": platform.python_version(),
+               "threads": torch.get_num_threads()}
     runs = []
-    for seed in args.seeds:
-        for method in args.methods:
-            path = args.out / f"run-{digest(config, key, sources, method, seed)}.json"
-            if not path.exists():
-                model = fresh()
-                run = {"method": method, "seed": seed, **finetune(model, method, data.domain_train, record, probe, args, seed, device)}
-                run |= evaluate(model, data, device)
-                run["stage0_s"] += stage0_s if method.startswith("replay") and 0 in args.record_at else 0.0
-                run |= {"forgetting": run["general_nll"] - base["general_nll"], "total_s": run["stage0_s"] + run["steps_s"],
-                        "record_bytes_per_position": size}
-                write_atomically(path, lambda temporary: temporary.write_text(json.dumps(run, indent=1)))
-            runs.append(json.loads(path.read_text()))
-            results = json.dumps({"config": config, "base": base, "runs": runs}, indent=1)
-            write_atomically(args.out / "results.json", lambda temporary: temporary.write_text(results))
+    for seed, method in itertools.product(args.seeds, args.methods):
+        path = args.out / f"run-{digest(config, key, sources, method, seed)}.json"
+        if not path.exists():
+            model = copy.deepcopy(base_model)
+            run = {"method": method, "seed": seed, "record_bytes_per_position": size}
+            run |= finetune(model, method, data.domain_train, record, probe, args, seed, device)
+            run |= evaluate(model, data, device)
+            if method.startswith("replay") and 0 in args.record_at:
+                run["stage0_s"] += stage0_s
+            run["total_s"] = run["stage0_s"] + run["steps_s"]
+            run["forgetting"] = run["general_nll"] - base["general_nll"]
+            write_atomically(path, lambda temporary: temporary.write_text(json.dumps(run, indent=1)))
+        runs.append(json.loads(path.read_text()))
+        results = json.dumps({"config": config, "base": base, "runs": runs}, indent=1)
+        write_atomically(args.out / "results.json", lambda temporary: temporary.write_text(results))
 
     print()
     print_table(base, runs)
     for i, (question, gold) in enumerate(data.test[::len(data.test) // 3][:3]):
-        print(f"\n{question}?\n  {'gold':14}{gold}\n  {'base':14}{base['samples'][i]}")
-        for run in runs[:len(args.methods)]:
+        print(f"\n{question}?\n  {'gold':14}{gold}")
+        for run in [base, *runs[:len(args.methods)]]:
             print(f"  {run['method']:14}{run['samples'][i]}")
 
 
