@@ -98,8 +98,8 @@ def angle_between(u: Tensor, v: Tensor) -> Tensor:
 
 
 def _largest(x: Tensor) -> Tensor:
-    """max |x_i|, 1 for a zero vector. Divided by it first, since squares of 1e-30 or 1e30 do not exist in float32."""
-    largest = x.abs().amax()
+    """max |x_i|, 1 for a zero or empty vector. Divided by it first, since squares of 1e-30 or 1e30 do not exist in float32."""
+    largest = x.abs().amax() if x.numel() else x.new_zeros(())
     return torch.where(largest > 0, largest, 1)
 
 
@@ -185,12 +185,14 @@ class MoClip(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
 
     def _check(self, group):
         _check_max_angle(group["max_angle"])
+        if isinstance(group["lr"], Tensor) and group["lr"].dim():
+            raise ValueError(f"lr must be a number or a 0-dim tensor, got the shape {tuple(group['lr'].shape)}")
         for name in ("lr", "weight_decay"):
             if not 0 <= group[name] < math.inf:
                 raise ValueError(f"{name} must be finite and >= 0, got {group[name]}")
@@ -222,7 +224,7 @@ class MoClip(torch.optim.Optimizer):
             if p.grad.is_sparse:
                 raise RuntimeError("MoClip does not support sparse gradients")
             if not self.state[p]:
-                self.state[p] = {"step": torch.tensor(0.0),
+                self.state[p] = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu"),
                                  "exp_avg": torch.zeros_like(_wide(p)), "exp_avg_sq": torch.zeros_like(_wide(p))}
         if entries:
             one_scope = self.param_groups[0]["scope"] == "global"
@@ -237,7 +239,8 @@ class MoClip(torch.optim.Optimizer):
         grads = [_wide(p.grad) for _, p in entries]
         momenta = [self.state[p]["exp_avg"] for _, p in entries]
         theta, ratio = _angle(grads, momenta)
-        A, B, clipped, antiparallel = _rotation(theta, entries[0][0]["max_angle"], torch.finfo(grads[0].dtype).eps)
+        eps = max(torch.finfo(x.dtype).eps for x in (*grads, *momenta))  # the coarsest decides what is left of a difference
+        A, B, clipped, antiparallel = _rotation(theta, entries[0][0]["max_angle"], eps)
         turn, kept = B * ratio, torch.where(antiparallel, torch.zeros_like(theta), 1)
         for (group, p), g, m in zip(entries, grads, momenta):
             (beta1, beta2), lr, a, b = group["betas"], group["lr"], group["a"], group["b"]
@@ -261,11 +264,21 @@ class MoClip(torch.optim.Optimizer):
         return theta, clipped
 
     def load_state_dict(self, state_dict):
-        """As torch's, except that moments keep their dtype, where torch casts them to the parameter's."""
-        super().load_state_dict(state_dict)
-        names = [name for group in state_dict["param_groups"] for name in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for name, p in zip(names, params):
-            for key, saved in state_dict["state"].get(name, {}).items():
-                if key != "step":
-                    self.state[p][key] = saved.to(p.device, copy=True)
+        """As torch's, except that moments keep their dtype, where torch casts them to the parameter's, and no tensor is shared."""
+        loaded = {}
+
+        def restore(_):
+            names = [name for group in loaded["param_groups"] for name in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            for name, p in zip(names, params):
+                for key, saved in loaded["state"].get(name, {}).items():
+                    self.state[p][key] = saved.clone() if key == "step" else saved.to(p.device, copy=True)
+
+        # after the other pre-hooks, which may replace what is loaded; before the other post-hooks, which may change the result
+        hooks = [self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final)),
+                 self.register_load_state_dict_post_hook(restore, prepend=True)]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
