@@ -121,11 +121,12 @@ def test_r1_gold_inclusion_lowers_rho_by_its_probability_and_costs_at_most_one_m
     record = record_topk(torch.tensor(np.tile(z, (V, 1))), torch.arange(V), tau)  # every token as gold, once
     smallest = int(record.subset_sizes.argmin())  # a row whose gold token is in the top-K: S is the top-K
     core, rho_core = row_of(record, smallest), float(record.outside_mass[smallest])
+    assert len(core) <= math.ceil(tau * V + 2 * V * V * EPS)  # K, and never more than for the uniform model
     for y in range(V):
         gain = 0 if y in core else p[y]
         assert float(record.outside_mass[y]) == pytest.approx(rho_core - gain, abs=2 * EPS32)  # stored in float32
     expected_size = float((p * record.subset_sizes.numpy()).sum())  # gold drawn from p
-    assert expected_size == pytest.approx(len(core) + p[[j for j in range(V) if j not in core]].sum(), rel=4 * V * EPS)
+    assert expected_size == pytest.approx(len(core) + p[[j for j in range(V) if j not in core]].sum(), rel=4 * V * EPS, abs=0)
     assert expected_size <= len(core) + 1 - tau + 4 * V * V * EPS  # sizes up to V, V terms
 
 
@@ -166,6 +167,9 @@ def test_r2_tight_whole_vocabulary_is_cross_entropy_and_tau_bounds_the_gap(z, da
     V, y = len(z), data.draw(st.integers(0, len(z) - 1))
     assert replay_gradient(z, range(V), y)[0] == pytest.approx(full_gradient(z, y)[0], abs=64 * EPS * (1 + abs(z).max()))
     k = data.draw(st.integers(1, 16))
+    logits, gold = torch.tensor(z[None]), torch.tensor([y])
+    recorded = replay_cross_entropy(logits, gold, record_topk(logits, gold, k / 16))
+    assert float(F.cross_entropy(logits, gold) - recorded) <= math.log(16 / k) + 64 * EPS * (1 + abs(z).max())
     uniform, target = torch.zeros(1, 16, dtype=torch.float64), torch.tensor([0])
     record = record_topk(uniform, target, k / 16)
     gap = float(F.cross_entropy(uniform, target) - replay_cross_entropy(uniform, target, record))
@@ -192,7 +196,7 @@ def test_r3_tight_two_tokens_reach_sqrt_two_rho(gap):
     z = np.array([0.0, gap])
     rho = 1 / (1 + math.exp(-gap))
     bias = replay_gradient(z, [0], 0)[1] - full_gradient(z, 0)[1]
-    assert np.linalg.norm(bias) == pytest.approx(math.sqrt(2) * rho, rel=16 * EPS)
+    assert abs(np.linalg.norm(bias) - math.sqrt(2) * rho) <= 4 * EPS  # p_y - 1: one rounding of p_y
 
 
 @given(positions())
@@ -211,7 +215,7 @@ def test_r3_false_with_the_recorded_rho_once_the_model_has_moved():
     moved = np.array([4.0, 0.0, 6.0])
     bias = replay_gradient(moved, row_of(record), 0)[1] - full_gradient(moved, 0)[1]
     assert abs(bias).sum() > 20 * 2 * float(record.outside_mass)
-    assert abs(bias).sum() == pytest.approx(2 * float(outside_mass(torch.tensor(moved[None]), record)), rel=16 * EPS)
+    assert abs(bias).sum() == pytest.approx(2 * float(outside_mass(torch.tensor(moved[None]), record)), rel=16 * EPS, abs=0)
 
 
 # -- R4 and R5: the parameter-gradient bias, on a transformer --------------------------------------------------------
@@ -309,7 +313,7 @@ def test_r4_tight_point_masses_reach_rho_times_diameter():
     z = model(torch.tensor([[0, 1, 1, 0, 1]]))[0, -1]
     bias, J = parameter_bias(model, z[None], torch.tensor([1]), record_of([1], V=2)), jacobian(model, z)
     rho = split(softmax(z.detach().numpy()), [1])[0]
-    assert np.linalg.norm(bias) == pytest.approx(rho * np.linalg.norm(J[0] - J[1]), rel=256 * EPS)
+    assert np.linalg.norm(bias) == pytest.approx(rho * np.linalg.norm(J[0] - J[1]), rel=256 * EPS, abs=0)
 
 
 @given(positions(), st.integers(0, 2**32 - 1))
@@ -354,7 +358,7 @@ def test_r5_tight_equal_positions_reach_the_bound_and_opposite_ones_cancel(gap, 
         return (torch.autograd.grad(replay, z)[0] - torch.autograd.grad(F.cross_entropy(logits, target), z)[0]).numpy()
 
     rho = 1 / (1 + math.exp(-gap))
-    assert np.linalg.norm(bias([0] * copies)) == pytest.approx(rho * math.sqrt(2), rel=64 * EPS)  # D_t = sqrt(2)
+    assert np.linalg.norm(bias([0] * copies)) == pytest.approx(rho * math.sqrt(2), abs=8 * EPS)  # D_t = sqrt(2)
     mixed = bias([0, 1] * copies)  # rho (1, -1) and (1 - rho) (-1, 1), averaged
     np.testing.assert_allclose(mixed, (2 * rho - 1) / 2 * np.array([1, -1]), rtol=0, atol=64 * EPS)
 
@@ -457,6 +461,17 @@ def test_r7_a_finite_step_raises_the_log_odds_by_at_most_its_first_order_term(po
     assert rise <= eta * ((q**2).sum() - q[y]) + tol <= eta + tol
 
 
+@given(positions(), st.floats(0, 100))
+def test_r7_in_logit_space_no_step_of_any_size_raises_the_full_loss(position, eta):
+    z, S, y = position
+    moved, q = z - eta * replay_gradient(z, S, y)[1], split(softmax(z), S)[1]
+    tol = 64 * EPS * (1 + eta) * (1 + abs(z).max())
+    for j in range(len(z)):  # L_full grows with each z_j - z_y, and none of them rises
+        change = (moved[j] - moved[y]) - (z[j] - z[y])
+        assert change == pytest.approx(0 if j == y else -eta * (1 - q[y] + q[j]), abs=tol)
+    assert full_gradient(moved, y)[0] <= full_gradient(z, y)[0] + tol
+
+
 @given(positions(), st.floats(0, 8))
 def test_r7_calibrated_gold_inside_a_fixed_set_never_raises_the_expected_log_odds(position, eta):
     z, S, _ = position
@@ -481,15 +496,20 @@ def test_r7_gold_inclusion_adds_an_upward_drift_of_at_most_the_uncovered_mass(z,
     assert -tol <= drift <= 1 - p[core].sum() + tol <= 1 - tau + 2 * tol
 
 
-def test_r7_tight_calibrated_model_with_gold_outside_drifts_up():
-    z = np.log(np.array([0.8, 0.1, 0.1]))  # tau = 0.8 keeps token 0; gold 1 or 2, 10 % each, is added when drawn
-    q = np.array([8, 1]) / 9
-    expected = 2 * 0.1 * ((q**2).sum() - q[1])  # 0.138 > 0; gold 0 contributes (1 - 1) = 0
-    drift = 0.0
-    for y, S in ((0, [0]), (1, [0, 1]), (2, [0, 2])):
-        g = replay_gradient(z, S, y)[1]
-        drift += math.exp(z[y]) * split(softmax(z), S)[1] @ g
-    assert drift == pytest.approx(expected, rel=64 * EPS) and drift > 0.1
+def test_r7_tight_calibrated_model_with_gold_outside_drifts_up_by_almost_the_uncovered_mass():
+    def drift(p, tau):  # of the log-odds: E_q[g] - E_r[g], and g is 0 outside S
+        total = 0.0
+        for y in range(3):
+            z = np.log(p)
+            S = row_of(record_topk(torch.tensor(z[None]), torch.tensor([y]), tau))
+            total += p[y] * split(p, S)[1] @ replay_gradient(z, S, y)[1]
+        return total
+
+    for e in (0.1, 0.01, 0.001):  # T is token 0; gold 1 or 2, e each, is added when drawn
+        a, ratio = e / (1 - e), drift(np.array([1 - 2 * e, e, e]), 1 - 2 * e - 1e-9) / (2 * e)  # 1e-9: the rounded sum
+        assert ratio == pytest.approx((1 - a) * (1 - 2 * a), rel=64 * EPS, abs=0)
+    assert ratio > 0.99
+    assert drift(np.full(3, 1 / 3), 0.3) == pytest.approx(0, abs=4 * EPS)  # the lower end: the uniform model
 
 
 # -- R8: the cost model ----------------------------------------------------------------------------------------------
@@ -517,7 +537,7 @@ class CountFlops(TorchDispatchMode):
 
 
 @given(st.integers(2, 12), st.integers(20, 40), st.integers(1, 8), st.floats(0.1, 0.6), st.integers(0, 2**32 - 1))
-def test_r8_head_work_is_6_nnz_d_and_no_tensor_has_N_times_V_entries(N, V, d, tau, seed):
+def test_r8_head_work_is_6_nnz_d_and_no_tensor_is_larger_than_nnz_or_the_inputs(N, V, d, tau, seed):
     torch.manual_seed(seed)
     h, W, target = torch.randn(N, d), torch.randn(V, d), torch.randint(0, V, (N,))
     h, W = (x.double().requires_grad_() for x in (h, W))
