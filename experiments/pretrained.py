@@ -5,8 +5,10 @@
     torchrun --nproc_per_node 2 experiments/pretrained.py --model NAME_OR_DIR
 
 Stage 0, evaluation and schedule are train_small.py's own functions; the model is only put into the shape that they
-expect. Under torchrun every process records its shard of the corpus and the Trainer wraps the model in DDP. Each method
-starts from the pretrained weights; what is measured goes to experiments/results/pretrained.json as soon as it is.
+expect. Under torchrun every process records its shard of the corpus and the Trainer wraps the model in DDP (FSDP would
+shard the head, which is applied here outside the model's forward: keep it whole). Each method starts from the pretrained
+weights; what is measured goes to experiments/results/pretrained.json as soon as it is. With --checkpoints a method that
+was interrupted goes on from the Trainer's last checkpoint, with the record that lies beside it.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from moclip import MoClip  # noqa: E402
 try:
     import accelerate  # noqa: F401  (the Trainer needs it)
     import transformers
+    from transformers.trainer_utils import get_last_checkpoint
 except ImportError as error:
     raise SystemExit("this experiment needs: pip install transformers accelerate (and gguf, for a GGUF file)") from error
 
@@ -118,6 +121,7 @@ def main():
     parser.add_argument("--train", type=int, default=480, help="training examples")
     parser.add_argument("--test", type=int, default=42, help="held-out questions and windows of general text")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoints", type=Path, help="folder for the Trainer's checkpoints, three a method (default: none are kept)")
     parser.add_argument("--results", type=Path, default=ROOT / "experiments/results/pretrained.json")
     args = parser.parse_args()
 
@@ -125,7 +129,8 @@ def main():
     tokens = Tokens(transformers.AutoTokenizer.from_pretrained(args.model, **source))
     arguments = transformers.TrainingArguments(
         tempfile.mkdtemp(), max_steps=args.steps, per_device_train_batch_size=args.batch, remove_unused_columns=False, max_grad_norm=0.0,
-        save_strategy="no", report_to=[], logging_strategy="no", seed=args.seed, use_cpu=not torch.cuda.is_available())
+        save_strategy="steps" if args.checkpoints else "no", save_steps=-(-args.steps // 3), report_to=[], logging_strategy="no",
+        seed=args.seed, use_cpu=not torch.cuda.is_available())
     device, main_process = arguments.device, arguments.process_index == 0  # this also starts the processes' group
 
     def fresh():
@@ -147,7 +152,7 @@ def main():
     dataset = [{"input_ids": x, "labels": y, "index": i} for i, (x, y) in enumerate(zip(ids, labels))]
     row_of = ((labels != script.IGNORE).flatten().cumsum(0) - 1).view_as(labels)
 
-    config = {**{k: str(v) for k, v in vars(args).items() if k not in ("methods", "results")}, "model": Path(args.model).name, "world": arguments.world_size,
+    config = {**{k: str(v) for k, v in vars(args).items() if k not in ("methods", "results", "checkpoints")}, "model": Path(args.model).name, "world": arguments.world_size,
               "transformers": transformers.__version__, "torch": torch.__version__}
     studies = json.loads(args.results.read_text()) if args.results.exists() else []
     done = next((study for study in studies if study["config"] == config), None)
@@ -170,12 +175,25 @@ def main():
         optimizer = (torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0) if method.endswith("adamw") else
                      MoClip(model.parameters(), args.lr, max_angle=math.radians(args.max_angle)))
         trainer = ReplayTrainer(model, arguments, train_dataset=dataset, optimizers=(optimizer, script.warmup_then_linear(optimizer, args.steps)))
-        trainer.row_of, trainer.record_at = row_of, args.record_at
-        if method.startswith("replay"):
-            trainer.stage0 = lambda: record_shards(Hidden(model), ids, labels, args.tau, device).to(device)
-        seconds = trainer.train().metrics["train_runtime"] - trainer.stage0_s
-        run = {"method": method, "step_ms": 1e3 * seconds / args.steps, **script.evaluate(Hidden(model), data, device)}
-        run |= {"forgetting": run["general_nll"] - done["runs"][0]["general_nll"], "total_s": seconds + trainer.stage0_s}
+        trainer.row_of, trainer.record_at, last = row_of, args.record_at, None
+        if args.checkpoints:
+            arguments.output_dir = str(args.checkpoints / method)
+            last = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).exists() else None
+
+        def stage0():
+            path = Path(arguments.output_dir) / "record.npz"
+            if last and path.exists():
+                return ReplayRecord.load(path).to(device)
+            record = record_shards(Hidden(model), ids, labels, args.tau, device)
+            if args.checkpoints and main_process:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                record.save(path)
+            return record.to(device)
+
+        trainer.stage0 = stage0 if method.startswith("replay") else None
+        seconds = trainer.train(resume_from_checkpoint=last).metrics["train_runtime"] - trainer.stage0_s
+        run = {"method": method, "step_ms": 1e3 * seconds / (args.steps - (int(last.rsplit("-")[-1]) if last else 0)), **script.evaluate(Hidden(model), data, device)}
+        run |= {"forgetting": run["general_nll"] - done["runs"][0]["general_nll"], "total_s": None if last else seconds + trainer.stage0_s}
         record = trainer.record
         if record is not None:
             with torch.no_grad():  # on one training example in fifteen
