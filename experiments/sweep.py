@@ -34,7 +34,7 @@ DEFAULT = dict(method="replay+moclip", tau=0.98, max_angle=90.0, lr=4e-4, batch=
                seed=0)
 SEEDS = (0, 1, 2)
 REPLAY = ("replay+adamw", "replay+moclip")
-LEARNING_RATES, LARGE_BATCH_RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3), (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
+LEARNING_RATES, LARGE_BATCH_RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3), (4e-4, 8e-4, 1.1e-3, 1.6e-3, 3.2e-3)
 
 
 def grid():
@@ -55,7 +55,8 @@ def grid():
         yield from runs("large head", method="full+adamw", lr=LEARNING_RATES, vocab=24576, seed=seed)
         yield from runs("large head", method="replay+moclip", lr=LEARNING_RATES, variant="record at 40", vocab=24576, seed=seed)
         yield from runs("large batch", method="full+adamw", lr=LARGE_BATCH_RATES, batch=128, steps=100, seed=seed)
-        yield from runs("large batch", method="replay+moclip", lr=LARGE_BATCH_RATES, variant="record at 17", batch=128, steps=100, seed=seed)
+        yield from runs("large batch", lr=LARGE_BATCH_RATES, variant="record at 17 34 51 68 85", batch=128, steps=100, seed=seed)
+        yield from runs("large batch", tau=0.99, lr=(8e-4, 1.1e-3), variant="record at 17 51", batch=128, steps=100, seed=seed)
         yield from runs("tau", method="replay+adamw", tau=(0.8, 0.9, 0.95, 0.98, 0.99, 0.995), seed=seed)
         yield from runs("angle", method="full+moclip", max_angle=(30.0, 60.0, 75.0, 90.0, 180.0), seed=seed)
         yield from runs("outside mass", variant=("", "frozen head", "record at 40", "record at 0 69 138"), seed=seed)
@@ -68,6 +69,7 @@ def grid():
         yield from runs("angle", method="full+moclip", max_angle=(45.0, 60.0, 90.0, 180.0), batch=8, seed=seed)
     for seed in SEEDS:
         yield from runs("angle", method="full+moclip", max_angle=(45.0, 60.0, 90.0, 180.0), batch=128, steps=100, seed=seed)
+    yield from runs("large batch", lr=(4e-4, 8e-4, 1.6e-3, 3.2e-3), variant="record at 17", batch=128, steps=100)
     yield from runs("large head", method="replay+moclip", tau=0.99, lr=LEARNING_RATES, variant="record at 0 69 138", vocab=24576)
 
 
@@ -188,7 +190,7 @@ MEASURES = (("accuracy", "domain_accuracy", "{:.1%}"), ("domain NLL", "domain_nl
             ("outside mass", "outside_mass_end", "{:.4f}"), ("tokens a row", "subset_size_mean", "{:.0f}"),
             ("ms a step", "step_ms", "{:.0f}"), ("ms in head", "head_ms", "{:.0f}"), ("angle", "angle_mean_deg", "{:.0f}°"), ("clipped", "clip_fraction", "{:.0%}"),
             ("momentum norm", "momentum_norm", "{:.2f}"))
-STUDIES = {"frontier": ("method", "lr"), "record at": ("method", "variant", "tau", "lr"), "large head": ("method", "variant", "tau", "lr"), "large batch": ("method", "variant", "lr"), "tau": ("tau",), "angle": ("batch", "max_angle"), "outside mass": ("variant", "tau", "lr"),
+STUDIES = {"frontier": ("method", "lr"), "record at": ("method", "variant", "tau", "lr"), "large head": ("method", "variant", "tau", "lr"), "large batch": ("method", "variant", "tau", "lr"), "tau": ("tau",), "angle": ("batch", "max_angle"), "outside mass": ("variant", "tau", "lr"),
            "scope": ("scope",), "stability": ("method", "max_angle", "lr", "variant")}
 
 
