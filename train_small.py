@@ -4,7 +4,7 @@
     python train_small.py --quick      # smoke run of the same code path
     python train_small.py --tau 0.8    # see the outside mass run away
     python train_small.py --record-at 0 69 138   # see it held down: Stage 0 again at every epoch, with the model as it is then
-    python train_small.py --record-at 20         # the full softmax for 20 steps, then Stage 0 and replay
+    python train_small.py --batch 128 --steps 100 --lr 8e-4 --record-at 17 34 51 68 85   # replay at its best: see README.md
 
 Nothing is downloaded. Read top to bottom: 1 general text, 2 domain, 3 tokenizer, 4 model, 5 base, 6 Stage 0,
 7 Stage 1, 8 evaluation, 9 the run. General text is the English prose that ships with every CPython; the domain is
@@ -548,17 +548,18 @@ def main():
     parser.add_argument("--max-angle", type=float, default=90, help="MoClip's cap, in degrees")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=200, help="fine-tuning steps of 32 examples")
+    parser.add_argument("--steps", type=int, default=200, help="fine-tuning steps")
+    parser.add_argument("--batch", type=int, default=32, help="examples a step")
     parser.add_argument("--lr", type=float, default=4e-4, help="learning rate (README.md says how it was found)")
     parser.add_argument("--record-at", nargs="+", type=int, default=[0], help="steps before which Stage 0 runs")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the cache and of results.json")
     parser.add_argument("--quick", action="store_true", help="a smoke run: tiny base, few steps, one seed")
     args = parser.parse_args()
-    args.batch, args.per_form, base_settings = 32, 120, BASE
+    args.per_form, base_settings = 120, BASE
     if args.quick:
         args.steps, args.seeds, args.per_form, args.out, base_settings = 5, [0], 24, args.out / "quick", QUICK_BASE
-    if not (0 < args.tau <= 1 and 0 <= args.max_angle <= 180 and 0 < args.lr < math.inf and args.steps >= 1):
-        parser.error("--tau must lie in (0, 1], --max-angle in [0, 180], --lr be positive and finite, --steps at least 1")
+    if not (0 < args.tau <= 1 and 0 <= args.max_angle <= 180 and 0 < args.lr < math.inf and min(args.steps, args.batch) >= 1):
+        parser.error("--tau must lie in (0, 1], --max-angle in [0, 180], --lr be positive and finite, --steps and --batch at least 1")
     if not set(args.record_at) <= set(range(args.steps)):
         parser.error("--record-at must lie in [0, steps)")
     args.out.mkdir(parents=True, exist_ok=True)
