@@ -196,8 +196,8 @@ def _flat_logits(logits: Tensor) -> Tensor:
     if not logits.is_floating_point() or logits.dim() == 0:
         raise ValueError(f"logits must be floating point of shape (..., V), got {logits.dtype} {tuple(logits.shape)}")
     logits = logits.reshape(-1, logits.shape[-1])
-    ok = logits.detach().sum(-1).isfinite()  # fast; but finite terms can have an infinite sum, so look closer there
-    _require(ok.index_put((~ok,), logits[~ok].isfinite().all(-1)), "logits must be finite")
+    ok = logits.detach().sum(1).isfinite()  # fast; but finite terms can have an infinite sum, so look closer there
+    _require(ok.index_put((~ok,), logits[~ok].isfinite().all(1)), "logits must be finite")
     return logits
 
 
@@ -253,7 +253,7 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
     for t in torch.arange(N, device=device).split(2**(20 if device.type == "cpu" else 26) // V + 1):
         scored = target[t] != ignore_index
         z, t = (logits[t[0]:t[-1] + 1], t) if scored.all() else (logits[t[scored]], t[scored])
-        p, y = z.softmax(-1, dtype=_wide_dtype(logits)), target[t, None]
+        p, y = z.softmax(1, dtype=_wide_dtype(logits)), target[t, None]
         row, token, rho[t], decided = _cover_by_rank(p, y, tau, k, limit)
         if not decided.all():
             wide = (~decided).nonzero()[:, 0]
@@ -273,24 +273,24 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
 
 def _cover_by_rank(p: Tensor, y: Tensor, tau: float, k: int, limit: int):
     """S_t of the rows that the k most probable tokens decide, as (row, token) pairs in order, rho_t, and (n,) bool, which those are."""
-    V = p.shape[-1]
-    ids = p.topk(k).indices.sort(-1).values  # topk promises no order among equals: order by id, then stably by p
-    top, order = p.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
-    ids, rank = ids.gather(-1, order), torch.arange(k, device=p.device)
+    V = p.shape[1]
+    ids = p.topk(k).indices.sort(1).values  # topk promises no order among equals: order by id, then stably by p
+    top, order = p.gather(1, ids).sort(dim=1, descending=True, stable=True)
+    ids, rank = ids.gather(1, order), torch.arange(k, device=p.device)
     # K_t = min {K : p_(1) + ... + p_(K) >= tau}; k + 1 means "not among these k"
-    K = (1 + (top.cumsum(-1, dtype=torch.float64) < tau).sum(-1, keepdim=True)).clamp(max=limit)
+    K = (1 + (top.cumsum(1, dtype=torch.float64) < tau).sum(1, keepdim=True)).clamp(max=limit)
     # decided, if the K_t-th token is here and none that is as probable as it can be missing
-    decided = (K <= k) & ((k == V) | (top.gather(-1, K.clamp(max=k) - 1) > top[:, -1:]))
+    decided = (K <= k) & ((k == V) | (top.gather(1, K.clamp(max=k) - 1) > top[:, -1:]))
     # S_t = the first K_t and y_t, which displaces the K_t-th only where the cap leaves no room
-    has_gold = ((ids == y) & (rank < K)).any(-1, keepdim=True)
+    has_gold = ((ids == y) & (rank < K)).any(1, keepdim=True)
     K = torch.where(has_gold, K, K.clamp(max=limit - 1))
-    S = torch.cat([ids.masked_fill(rank >= K, V), y.masked_fill(has_gold, V)], -1)  # V: not in S_t
-    S = S.masked_fill(~decided, V).sort(-1).values
+    S = torch.cat([ids.masked_fill(rank >= K, V), y.masked_fill(has_gold, V)], 1)  # V: not in S_t
+    S = S.masked_fill(~decided, V).sort(1).values
     row, column = (S < V).nonzero(as_tuple=True)
     token = S[row, column]
     # rho_t = sum of p_j over j not in S_t: summing what is outside keeps the digits of a small rho
     p[row, token] = 0
-    return row, token, p.sum(-1).float().clamp(max=1), decided[:, 0]
+    return row, token, p.sum(1).float().clamp(max=1), decided[:, 0]
 
 
 def _cover_by_histogram(p: Tensor, y: Tensor, tau: float):
@@ -300,21 +300,21 @@ def _cover_by_histogram(p: Tensor, y: Tensor, tau: float):
     highest = int(p.new_ones(()).view(bits)) >> shift  # the bin of p = 1
     bins = (p.view(bits) >> shift).long()
     mass = p.new_zeros(len(p), highest + 1, dtype=torch.float64).scatter_add_(1, bins, p.double())
-    above = pad(mass.flip(1).cumsum(-1), (1, 0))  # above[:, i]: the mass of the i highest bins
-    i = (above[:, 1:] < tau).sum(-1, keepdim=True).clamp(max=highest)
+    above = pad(mass.flip(1).cumsum(1), (1, 0))  # above[:, i]: the mass of the i highest bins
+    i = (above[:, 1:] < tau).sum(1, keepdim=True).clamp(max=highest)
     S, inside = bins > highest - i, bins == highest - i
     # the tokens of that bin, a row each, padded with -1 and ranked
     row, token = inside.nonzero(as_tuple=True)
-    counts = inside.sum(-1)
+    counts = inside.sum(1)
     column = torch.arange(len(row), device=p.device) - _offsets(counts)[row]
     candidates = p.new_full((len(p), int(counts.max())), -1.0)
     candidates[row, column] = p[row, token]
-    top, order = candidates.sort(dim=-1, descending=True, stable=True)
-    before = above.gather(1, i) + pad(top.cumsum(-1, dtype=torch.float64), (1, 0))[:, :-1]
+    top, order = candidates.sort(dim=1, descending=True, stable=True)
+    before = above.gather(1, i) + pad(top.cumsum(1, dtype=torch.float64), (1, 0))[:, :-1]
     needed = torch.zeros_like(candidates, dtype=torch.bool).scatter_(1, order, before < tau)
     S[row, token] = needed[row, column]
     S.scatter_(1, y, True)
-    return *S.nonzero(as_tuple=True), p.masked_fill_(S, 0).sum(-1).float().clamp(max=1)
+    return *S.nonzero(as_tuple=True), p.masked_fill_(S, 0).sum(1).float().clamp(max=1)
 
 
 def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:
@@ -332,9 +332,9 @@ def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:
     """
     flat = _flat_logits(logits)
     _check_fit("logits", *flat.shape, record)
-    p = flat.softmax(-1, dtype=_wide_dtype(flat))
+    p = flat.softmax(1, dtype=_wide_dtype(flat))
     inside = (record.rows, record.token_ids.long())
-    return p.index_put(inside, p.new_zeros(())).sum(-1).clamp(max=1) * (record.subset_sizes > 0)
+    return p.index_put(inside, p.new_zeros(())).sum(1).clamp(max=1) * (record.subset_sizes > 0)
 
 
 def _replay_nll(z: Tensor, target: Tensor, record: ReplayRecord, ignore_index: int, reduction: str) -> Tensor:
@@ -408,7 +408,7 @@ class _SampledLogits(torch.autograd.Function):
 
 def _gathered_logits(h: Tensor, W: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
     """The same z by gathering: (nnz, d) memory, but any device, any dtype, any order of derivative."""
-    return (h[rows] * W[ids]).sum(-1)
+    return (h[rows] * W[ids]).sum(1)
 
 
 def linear_replay_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, record: ReplayRecord, *,
