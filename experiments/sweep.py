@@ -225,11 +225,11 @@ def figures(done):
     deviation = lambda rows, key: statistics.stdev(row[key] for row in rows) if len(rows) > 1 else 0.0
 
     def save(name, xlabel, ylabel):
-        plt.xlabel(xlabel), plt.ylabel(ylabel), plt.legend(fontsize=8), plt.grid(alpha=0.3), plt.tight_layout()
+        plt.xlabel(xlabel), plt.ylabel(ylabel), plt.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)), plt.grid(alpha=0.3), plt.tight_layout()
         plt.savefig(FIGURES / name, metadata={"Date": None})
         plt.close()
 
-    plt.figure(figsize=(6, 4))
+    plt.figure(figsize=(8, 4))
     groups = rows_of(done, "frontier", "method", "lr")
     groups |= {(f"{m}, recorded at step 40", lr): rows for (m, variant, tau, lr), rows in rows_of(done, "record at", "method", "variant", "tau", "lr").items()
                if (variant, tau) == ("record at 40", DEFAULT["tau"])}
@@ -241,7 +241,7 @@ def figures(done):
     plt.xscale("log")
     save("frontier.svg", "forgetting: rise of the general NLL (nats a token)", "domain accuracy (%)")
 
-    plt.figure(figsize=(6, 4))
+    plt.figure(figsize=(8, 4))
     for (tau,), rows in rows_of(done, "tau", "tau").items():
         logs = [row["outside_mass_log"] for row in rows]
         plt.plot([step for step, _ in logs[0]], [statistics.mean(log[i][1] for log in logs) for i in range(len(logs[0]))],
@@ -249,7 +249,7 @@ def figures(done):
     plt.yscale("log")
     save("outside_mass.svg", "step", "outside mass, mean over 32 training examples")
 
-    plt.figure(figsize=(6, 4))
+    plt.figure(figsize=(8, 4))
     for batch in (8, 32, 128):
         mine = {cap: rows for (b, cap), rows in rows_of(done, "angle", "batch", "max_angle").items() if b == batch}
         if 180.0 in mine:
