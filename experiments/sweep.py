@@ -55,7 +55,7 @@ def grid():
         yield from runs("large head", method="full+adamw", lr=LEARNING_RATES, vocab=24576, seed=seed)
         yield from runs("large head", method="replay+moclip", lr=LEARNING_RATES, variant="record at 40", vocab=24576, seed=seed)
         yield from runs("large batch", method="full+adamw", lr=LARGE_BATCH_RATES, batch=128, steps=100, seed=seed)
-        yield from runs("large batch", lr=LARGE_BATCH_RATES, variant="record at 17 34 51 68 85", batch=128, steps=100, seed=seed)
+        yield from runs("large batch", method=REPLAY, lr=LARGE_BATCH_RATES, variant="record at 17 34 51 68 85", batch=128, steps=100, seed=seed)
         yield from runs("large batch", tau=0.99, lr=(8e-4, 1.1e-3), variant="record at 17 51", batch=128, steps=100, seed=seed)
         yield from runs("tau", method="replay+adamw", tau=(0.8, 0.9, 0.95, 0.98, 0.99, 0.995), seed=seed)
         yield from runs("angle", method="full+moclip", max_angle=(30.0, 60.0, 75.0, 90.0, 180.0), seed=seed)
