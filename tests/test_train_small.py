@@ -166,3 +166,12 @@ def test_stage_0_runs_where_it_is_asked_for(method, record_at, recorded_at, repl
     assert probed[0] is first and probed[-1] is last  # the outside mass is that of the record in use
     assert not any(torch.equal(record.token_ids, first.token_ids) for record in records)  # of the model as it was then
     assert out["subset_size_mean"] == (last.subset_sizes.float().mean().item() if method[0] == "r" else script.V)
+
+
+@pytest.mark.parametrize("option, value", [("--tau", "1.5"), ("--max-angle", "181"), ("--lr", "nan"), ("--steps", "0"), ("--batch", "0"), ("--record-at", "200")])
+def test_bad_options_are_refused_before_anything_is_computed(option, value, monkeypatch, capsys):
+    monkeypatch.setattr(script, "prepare", None)
+    monkeypatch.setattr(sys, "argv", ["train_small.py", option, value])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert re.search(f"error: .*{option} ", capsys.readouterr().err)
