@@ -142,7 +142,7 @@ class MoClip(torch.optim.Optimizer):
     Args:
         params: parameters or parameter groups; every option below but `scope` may differ between groups
             (`max_angle` may not where scope="global": there is only one angle).
-        lr: step size, >= 0.     betas: decay of m and v, each in [0, 1).     weight_decay: decoupled, >= 0.
+        lr: step size, >= 0, a number or a 0-dim tensor.   betas: decay of m and v, each in [0, 1).   weight_decay: decoupled, >= 0.
         max_angle: the cap in radians, in [0, pi]. pi turns it off (Adam-atan2). Below pi/2 the step can ascend and
             momentum feeds on noise (M7, M8): hence the default.
         a, b: > 0, output and input scale of atan2.
