@@ -107,7 +107,8 @@ def run(data, state, records, settings, device):
     @torch.no_grad()
     def probe(model, record):
         """The outside mass; noted beside it: the share of positions whose gold token is not among the top-K of this moment."""
-        z, gold = (model(x)[y != script.IGNORE] @ model.embedding.weight.T).float(), y[y != script.IGNORE]
+        hidden, gold = script.scored_hidden(model, x, y, device)
+        z = (hidden @ model.embedding.weight.T).float()
         p = z.softmax(-1)
         p_gold = p.gather(1, gold[:, None])
         gold_outside.append((torch.where(p > p_gold, p, 0).sum(1) >= s.tau).float().mean().item())
