@@ -243,7 +243,7 @@ def measure_training(device, copy_rate, product_rate):
                f"{1 - ms['replay+adamw']['step_ms'] / dense['step_ms']:.0%}", "", head_share_of_time=dense["head_ms"] / dense["step_ms"], kappa=kappa)
         if first:
             spread = 1e3 * stage0 / 200
-            report("the same, Stage 0 spread over the 200 steps", f"{1 - (replay['step_ms'] + spread) / dense['step_ms']:.0%}", ">= 40%", stage0_seconds=stage0)
+            report(f"training step, {name}, with one Stage 0 spread over 200 steps: below full+adamw by", f"{1 - (replay['step_ms'] + spread) / dense['step_ms']:.0%}", ">= 40%", stage0_seconds=stage0)
             size = sum(x.nbytes for x in (record.token_ids, record.offsets, record.outside_mass)) / len(record)
             report(f"record, bytes a position (float32 logits: {4 * V})", f"{size:.0f}")
             positions = torch.randint(len(record), (2048,))
