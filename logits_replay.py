@@ -258,8 +258,9 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
         if not decided.all():
             wide = (~decided).nonzero()[:, 0]
             p, y = p[wide], y[wide]
-            wide_row, wide_token, rho[t[wide]] = (_cover_by_histogram(p, y, tau) if max_size is None else
-                                                  _cover_by_rank(p, y, tau, V, limit)[:3])
+            # float64 by rank: a histogram adds in another order, and at tau = 1 the last bit of the running sum decides
+            wide_row, wide_token, rho[t[wide]] = (_cover_by_histogram(p, y, tau) if max_size is None and p.dtype == torch.float32
+                                                  else _cover_by_rank(p, y, tau, V, limit)[:3])
             if decided.any():  # rows of both kinds: back in order
                 row, order = torch.cat([row, wide[wide_row]]).sort(stable=True)
                 token = torch.cat([token, wide_token])[order]
@@ -272,12 +273,12 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
 
 
 def _cover_by_rank(p: Tensor, y: Tensor, tau: float, k: int, limit: int):
-    """S_t of the rows that the k most probable tokens decide, as (row, token) pairs in order, rho_t, and (n,) bool, which those are."""
+    """S_t of the rows that the k most probable tokens decide, as (row, token) pairs in order; rho_t; (n,) bool, which those are."""
     V = p.shape[1]
     ids = p.topk(k).indices.sort(1).values  # topk promises no order among equals: order by id, then stably by p
     top, order = p.gather(1, ids).sort(dim=1, descending=True, stable=True)
     ids, rank = ids.gather(1, order), torch.arange(k, device=p.device)
-    # K_t = min {K : p_(1) + ... + p_(K) >= tau}; k + 1 means "not among these k"
+    # K_t = min {K : p_(1) + ... + p_(K) >= tau}; k + 1 means "not among these k" (added in order on a CPU, by a scan on CUDA)
     K = (1 + (top.cumsum(1, dtype=torch.float64) < tau).sum(1, keepdim=True)).clamp(max=limit)
     # decided, if the K_t-th token is here and none that is as probable as it can be missing
     decided = (K <= k) & ((k == V) | (top.gather(1, K.clamp(max=k) - 1) > top[:, -1:]))
@@ -294,11 +295,10 @@ def _cover_by_rank(p: Tensor, y: Tensor, tau: float, k: int, limit: int):
 
 
 def _cover_by_histogram(p: Tensor, y: Tensor, tau: float):
-    """The same at any K_t, for all rows: a histogram finds the bin of probabilities in which tau is reached, only that one is sorted."""
-    # the upper 16 bits of a non-negative float order it as the float does, at least 8 bins for each power of two
-    bits, shift = (torch.int32, 16) if p.dtype == torch.float32 else (torch.int64, 48)
-    highest = int(p.new_ones(()).view(bits)) >> shift  # the bin of p = 1
-    bins = (p.view(bits) >> shift).long()
+    """The same at any K_t, for float32 rows: a histogram finds the bin of probabilities in which tau is reached, only that one is sorted."""
+    # the upper 16 bits of a non-negative float32 order it as the float does, 128 bins for each power of two
+    highest = 0x3F80  # the bin of p = 1
+    bins = (p.view(torch.int32) >> 16).long()
     mass = p.new_zeros(len(p), highest + 1, dtype=torch.float64).scatter_add_(1, bins, p.double())
     above = pad(mass.flip(1).cumsum(1), (1, 0))  # above[:, i]: the mass of the i highest bins
     i = (above[:, 1:] < tau).sum(1, keepdim=True).clamp(max=highest)

@@ -49,6 +49,14 @@ def test_record_equals_the_reference_token_for_token(dtype, data, tau, max_size)
     assert record.subset_sizes.tolist() == [len(row) for row in rows]
 
 
+def test_the_last_bit_of_the_running_sum_decides_at_tau_1():
+    """Float64 sums reach 1 or not by their order: here that of the ranks, which only a CPU adds in order."""
+    logits = 5 * torch.randn(100, 1500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows, _ = reference.record_topk(probabilities(logits), [0] * 100, 1.0, None)
+    assert 10 < sum(len(row) == 1500 for row in rows) < 90
+    assert rows_of(record_topk(logits, torch.zeros(100, dtype=torch.long), 1.0)) == rows
+
+
 @pytest.mark.parametrize("V", [8, 64, 256, 4096])
 def test_uniform_row_reaches_a_dyadic_tau_exactly(V):
     record = record_topk(torch.zeros(1, V), torch.tensor([0]), 0.5)
