@@ -5,6 +5,8 @@ Tolerances are multiples of EPS with the reason beside them; simulations are see
 """
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -285,6 +287,17 @@ def test_m4_equal_betas_never_move_a_coordinate_by_more_than_lr(gradients, beta)
     assert abs(updates).max() <= 0.1 * (1 + 256 * EPS)
 
 
+def test_m4_false_for_betas_that_change_between_steps():
+    w = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = MoClip([w], lr=1.0, betas=(0.9, 0.9))
+    for g, beta in ((1.0, 0.9), (0.0, 0.99)):  # equal at each step, so lr would be the bound
+        optimizer.param_groups[0]["betas"], before = (beta, beta), w.item()
+        w.grad = torch.tensor([g], dtype=torch.float64)
+        optimizer.step()
+    expected = 4 / math.pi * math.atan(math.sqrt(0.1 * 0.99 / (1 - 0.99**2)))
+    assert before - w.item() == pytest.approx(expected, rel=256 * EPS) and expected > 1.46
+
+
 def test_m4_a_restart_only_drops_terms_and_makes_the_step_after_it_small_at_constant_gradient_size():
     beta1, beta2, t = 0.9, 0.999, 20
     updates, _, optimizer = run([[1.0]] * (t - 1) + [[-1.0]], lr=1.0, betas=(beta1, beta2), a=1.0, max_angle=1.0)
@@ -461,6 +474,12 @@ def test_m7_steps_under_constant_gradient_norm_never_shrink_below_atan_cos_max_a
     assert (abs(updates).max(1) >= math.atan(math.cos(max_angle)) * (1 - 1e-9)).all()
 
 
+def test_m7_false_without_constant_norm_the_steps_shrink_to_nothing():
+    gradients = 0.99**np.arange(1, 1001)[:, None] * np.array([1.0, 0.5])
+    updates = run(gradients, lr=1.0, max_angle=math.pi / 3)[0]
+    assert abs(updates[0]).max() == pytest.approx(1) and abs(updates[-1]).max() == pytest.approx(3.5e-4, rel=0.01)
+
+
 def steady_ratio(max_angle, beta1):
     """x*, the fixed point of |m| / |g| when every step is clipped."""
     c, s = math.cos(max_angle), math.sin(max_angle)
@@ -508,11 +527,31 @@ def circle(*args, **options):
     return np.linalg.norm(iterates(*args, **options), axis=1)
 
 
-@pytest.mark.parametrize("max_angle", [0.3, 0.5, 0.8, 1.2, HALF_PI, 2.0])
-def test_m7_simulated_orbit_has_the_estimated_radius(max_angle):
-    radii = circle(max_angle, 2500)[-500:]
-    assert radii.mean() == pytest.approx(orbit_radius_estimate(max_angle, 0.9, 0.01), rel=0.03)  # an averaged estimate
-    assert radii.min() > 0.8 * radii.max()  # a circle, not an excursion
+def table_rows(number, pattern):
+    """The rows of THEORY.md that match, as tuples of strings."""
+    section = (Path(__file__).parent.parent / "THEORY.md").read_text(encoding="utf-8").split(f"\n## {number} ")[1]
+    return re.findall(pattern, section.split("\n## ")[0], re.M)
+
+
+def test_m7_simulated_orbits_and_estimated_radii_are_those_of_the_table():
+    degrees, simulated, estimated = ([float(x.strip("° ")) for x in row.split("|")] for row in
+                                     table_rows("M7", r"^\| (?:max_angle|simulated|estimate) \| (.*) \|$"))
+    assert len(degrees) == 7
+    for D, radius, estimate in zip(np.radians(degrees), simulated, estimated):
+        radii = circle(D, 2500)[-500:] / 0.01
+        assert radii.min() > 0.9 * radii.max()  # a circle, not an excursion
+        assert radii.mean() == pytest.approx(radius, rel=1e-3, abs=0.005)  # printed with two decimals
+        assert orbit_radius_estimate(D, 0.9, 1.0) == pytest.approx(estimate, abs=0.005)
+        assert radius == pytest.approx(estimate, rel=0.02)
+
+
+@pytest.mark.parametrize("start", [(1.0, 0.9), (-0.3, 1.0), (1.0, 1.0), (1.0, 0.0)])
+def test_m7_starts_off_the_axes_and_diagonals_end_on_that_circle_and_those_on_them_restart(start):
+    radii = circle(math.radians(45), 2500, start=start)[-500:]
+    if 0 in start or start[0] == start[1]:
+        assert radii.max() < 0.2 * 0.01
+    else:
+        assert radii.mean() == pytest.approx(orbit_radius_estimate(math.radians(45), 0.9, 0.01), rel=0.02)
 
 
 def test_m7_from_pi_over_2_on_the_iterates_end_within_about_one_step_and_at_small_caps_tens_of_steps_away():
@@ -604,6 +643,18 @@ def test_m8_isotropic_noise_keeps_the_momentum_at_the_stated_length_and_lets_it_
     assert cosine == pytest.approx(cos_psi, rel=1e-9)
     finite = x**2 * ((1 + cos_psi) / (1 - cos_psi) - 2 * cos_psi * (1 - cos_psi**steps) / (1 - cos_psi)**2 / steps)
     assert diffusion == pytest.approx(finite, rel=0.2)  # about five standard deviations of a 4000-dimensional square
+
+
+def test_m8_table_follows_from_the_formulas():
+    rows = table_rows("M8", r"^\| (\d+°|none) \| ([\d.]+) \| ([\d.]+)° \| (\d+) steps \| ([\d.]+) \|$")
+    assert len(rows) == 6
+    for cap, length, turn, memory, diffusion in rows:
+        D = math.radians(float(cap.strip("°"))) if cap != "none" else HALF_PI
+        x, psi = steady_ratio(D, 0.9), steady_turn(D, 0.9)
+        c = math.cos(psi)
+        for printed, exact in ((length, x), (turn, math.degrees(psi)), (memory, 1 / (1 - c)), (diffusion, x**2 * (1 + c) / (1 - c))):
+            digits = len(printed.partition(".")[2])
+            assert printed == f"{exact:.{digits}f}"
 
 
 @pytest.mark.parametrize("dimensions, max_angle", [(2, 1.0), (50, math.acos(1.19 / math.sqrt(50)))])
@@ -703,11 +754,11 @@ def test_m9_false_for_a_bias_that_is_not_bounded_in_the_one_norm():
     assert (np.diff(abs(true).sum(1)) > 0).all()  # ascends for ever
 
 
-def momentum_bound(L, start, noise, lr, beta1, max_angle, beta2=0.99):
+def momentum_bound(L, start, noise, lr, beta1, max_angle, beta2=0.99, b=1.0):
     """(min |grad f|^2, the bound of M9(b) with B, G measured on the way, |grad f|^2 at the start, largest angle)."""
     steps, d = noise.shape
     w = torch.nn.Parameter(torch.tensor(start))
-    optimizer = MoClip([w], lr=lr, betas=(beta1, beta2), max_angle=max_angle)
+    optimizer = MoClip([w], lr=lr, betas=(beta1, beta2), max_angle=max_angle, b=b)
     true, entered, m, largest = [], [], np.zeros(d), 0.0
     for t in range(steps):
         gradient = L * w.detach().numpy()
@@ -717,8 +768,8 @@ def momentum_bound(L, start, noise, lr, beta1, max_angle, beta2=0.99):
         entered.append((now - beta1 * m) / (1 - beta1))
         true.append(gradient)
         m, largest = now, max(largest, float(optimizer.last_angle))
-    true, entered, h = np.array(true), np.array(entered), lr
-    H = lr * 4 / math.pi * math.atan(math.sqrt(C_squared(beta1, beta2, steps)))
+    true, entered, h = np.array(true), np.array(entered), lr * 4 / math.pi * math.atan(1 / b)
+    H = lr * 4 / math.pi * math.atan(math.sqrt(C_squared(beta1, beta2, steps)) / b)
     G = max(abs(true).max(), abs(entered).max())
     B = abs(entered - true).sum(1).max() + d * L.max() * H * beta1 / (1 - beta1)  # bias, noise, rotation; and the lag
     f0 = (true[0]**2 / L).sum() / 2
@@ -726,13 +777,13 @@ def momentum_bound(L, start, noise, lr, beta1, max_angle, beta2=0.99):
     return (true**2).sum(1).min(), bound, (true[0]**2).sum(), largest
 
 
-@given(decays(0.95), st.floats(0.0, 0.5), st.floats(0.002, 0.05), st.sampled_from([1.2, 2.0, math.pi]),
-       st.integers(0, 2**32 - 1))
-def test_m9_with_momentum_the_conditional_bound_holds_with_measured_constants(beta1, B, lr, max_angle, seed):
+@given(decays(0.95), st.floats(0.5, 0.999), st.floats(0.3, 3), st.floats(0.0, 0.5), st.floats(0.002, 0.05),
+       st.sampled_from([0.3, 1.2, 2.0, math.pi]), st.integers(0, 2**32 - 1))
+def test_m9_with_momentum_the_conditional_bound_holds_with_measured_constants(beta1, beta2, b, B, lr, max_angle, seed):
     rng = np.random.default_rng(seed)
     noise = rng.normal(size=(60, 3))
     noise *= B / abs(noise).sum(1, keepdims=True)
-    least, bound, _, largest = momentum_bound(np.array([1.0, 0.5, 2.0]), rng.normal(size=3), noise, lr, beta1, max_angle)
+    least, bound, _, largest = momentum_bound(np.array([1.0, 0.5, 2.0]), rng.normal(size=3), noise, lr, beta1, max_angle, beta2, b)
     assume(max_angle == math.pi or largest < math.pi - 1e-6)  # no restart
     assert least <= bound * (1 + 1e-9)
 
@@ -777,6 +828,25 @@ def test_m10_tensor_angles_of_zero_leave_a_global_angle_near_pi_over_2():
     assert float(scope_angles(gradients, momenta, "tensor").max()) <= 4 * EPS
     expected = math.acos(0.002 / (1 + 1e-6))
     assert float(scope_angles(gradients, momenta, "global")) == pytest.approx(expected, abs=8 * EPS)
+
+
+@given(st.floats(HALF_PI, math.pi - 1e-3), st.floats(0.1, 10), st.floats(0.1, 10))
+def test_m10_tight_pieces_at_one_angle_with_proportional_lengths(theta, length, ratio):
+    momenta = [1.0, 0.0], [length, 0.0]
+    gradients = [[ratio * m[0] * math.cos(theta), ratio * m[0] * math.sin(theta)] for m in momenta]
+    assert float(scope_angles(gradients, momenta, "global")) == pytest.approx(theta, abs=8 * EPS)
+
+
+def test_m10_false_if_a_tensor_is_antiparallel():
+    for scope, turn in (("tensor", 126.82), ("global", 57.40)):  # by the definition of the step; the cap is 90 degrees
+        ps = [torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2)]
+        optimizer, momenta = MoClip(ps, scope=scope), []
+        for gradient in ((1.0, 0.1), (-1.0, 1.0)):
+            for p, g in zip(ps, gradient):
+                p.grad = torch.tensor([g], dtype=torch.float64)
+            optimizer.step()
+            momenta.append(np.array([optimizer.state[p]["exp_avg"].item() for p in ps]))
+        assert math.degrees(plane_angle(*momenta)) == pytest.approx(turn, abs=0.01)
 
 
 def test_m10_small_global_angle_leaves_a_tensor_angle_of_pi():
