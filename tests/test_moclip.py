@@ -70,6 +70,12 @@ def test_rotation_equals_the_reference(dtype, eps, data, max_angle):
         assert mine.tolist() == pytest.approx(expected, abs=tolerance)
 
 
+@pytest.mark.parametrize("scale_g, scale_m", [(1e30, 1.0), (1e-30, 1.0), (1.0, 1e30), (1.0, 1e-30)])
+def test_rotation_where_float32_has_no_squares(scale_g, scale_m):
+    g, m = torch.tensor([0.0, 2.0]) * scale_g, torch.tensor([1.0, 0.0]) * scale_m
+    assert (clip_angle(g, m, math.pi / 6) / scale_g).tolist() == pytest.approx([math.sqrt(3), 1], rel=4 * EPS32)
+
+
 @given(vector_pairs(), max_angles)
 def test_rotation_keeps_the_norm_and_the_cap(pair, max_angle):
     g, m = pair
