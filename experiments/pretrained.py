@@ -197,9 +197,9 @@ def main():
         record = trainer.record
         if record is not None:
             with torch.no_grad():  # on one training example in fifteen
-                x, y = ids[::15].to(device), labels[::15].to(device)
-                logits = Hidden(model)(x)[y != script.IGNORE] @ model.get_output_embeddings().weight.T
-                run["outside_mass_end"] = outside_mass(logits, record.select(row_of[::15][labels[::15] != script.IGNORE])).mean().item()
+                hidden, _ = script.scored_hidden(Hidden(model), ids[::15], labels[::15], device)
+                rows = row_of[::15][labels[::15] != script.IGNORE]
+                run["outside_mass_end"] = outside_mass(hidden @ model.get_output_embeddings().weight.T, record.select(rows)).mean().item()
             sizes = record.subset_sizes.float()
             run |= {"stage0_s": trainer.stage0_s, "subset_size_mean": sizes.mean().item(), "subset_size_median": sizes.median().item(),
                     "outside_mass_start": record.outside_mass.mean().item(),
