@@ -76,23 +76,24 @@ class ReplayTrainer(transformers.Trainer):
     stage0_s = 0.0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        scored = inputs["labels"] != script.IGNORE
-        used = int(scored.any(0).nonzero().max()) + 1  # the rest is padding, on the right: no attention mask needed
-        mask = scored[:, :used]
         if self.stage0 and self.record is None and self.state.global_step >= self.record_at:
             start = time.perf_counter()
             self.record = self.stage0()
             self.stage0_s = time.perf_counter() - start
             self.model.train()
-        out = model(input_ids=inputs["input_ids"][:, :used], output_hidden_states=True, logits_to_keep=1)
-        h, y = out.hidden_states[-1][mask], inputs["labels"][:, :used][mask]
+
+        def hidden(ids):  # padding is on the right: no attention mask needed
+            return model(input_ids=ids, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+
+        labels = inputs["labels"]
+        h, y = script.scored_hidden(hidden, inputs["input_ids"], labels, labels.device)
         head = self.model.get_output_embeddings().weight
         if self.record is None:
             loss = F.linear_cross_entropy(h, head, y)
         else:
-            rows = self.row_of[inputs["index"].cpu(), :used][mask.cpu()]
-            loss = linear_replay_cross_entropy(h, head, y, self.record.select(rows.to(h.device)))
-        return (loss, out) if return_outputs else loss
+            rows = self.row_of[inputs["index"].cpu()][labels.cpu() != script.IGNORE]
+            loss = linear_replay_cross_entropy(h, head, y, self.record.select(rows))
+        return (loss, None) if return_outputs else loss
 
 
 def record_shards(model, tokens, targets, tau, device):
