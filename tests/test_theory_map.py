@@ -19,6 +19,11 @@ def sections(text):
     return {match[1]: part for match, part in found if match}
 
 
+def table_rows(number, pattern):
+    """The rows of that statement's section of THEORY.md that match, as strings or tuples of strings."""
+    return re.findall(pattern, sections((ROOT / "THEORY.md").read_text(encoding="utf-8"))[number], re.M)
+
+
 def references(text):
     return set(re.findall(r"`(tests/test_\w+\.py::test_\w+)`", text))
 

@@ -1,12 +1,11 @@
 """M1 to M10 of THEORY.md: for each statement the property, a tight case, and what fails without an assumption.
 
-Everything is float64 and goes through the project's functions; the other side of each equation is computed here.
+Everything is float64 and goes through the project's functions; the other side of each equation is computed here (M7's and M8's
+steady state in experiments/theory.py).
 Tolerances are multiples of EPS with the reason beside them; simulations are seeded.
 """
 
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from test_theory_map import table_rows
 
+from experiments.theory import orbit_radius, steady_ratio, steady_turn
 from moclip import MoClip, angle_between, clip_angle
 
 EPS = float(np.finfo(np.float64).eps)
@@ -480,17 +481,6 @@ def test_m7_false_without_constant_norm_the_steps_shrink_to_nothing():
     assert abs(updates[0]).max() == pytest.approx(1) and abs(updates[-1]).max() == pytest.approx(3.5e-4, rel=0.01)
 
 
-def steady_ratio(max_angle, beta1):
-    """x*, the fixed point of |m| / |g| when every step is clipped."""
-    c, s = math.cos(max_angle), math.sin(max_angle)
-    return (beta1 * c + math.sqrt(1 - (beta1 * s)**2)) / (1 + beta1)
-
-
-def steady_turn(max_angle, beta1):
-    x = steady_ratio(max_angle, beta1)
-    return math.atan2((1 - beta1) * math.sin(max_angle), beta1 * x + (1 - beta1) * math.cos(max_angle))
-
-
 @given(st.floats(0.05, 3.0), decays(0.98), st.sampled_from([1.0, -1.0]))
 def test_m7_exact_circular_orbit_under_steps_of_constant_length_along_the_momentum(max_angle, beta1, side):
     psi, h = steady_turn(max_angle, beta1), 0.1
@@ -504,12 +494,6 @@ def test_m7_exact_circular_orbit_under_steps_of_constant_length_along_the_moment
         w = w - h * unit(m)
         expected = R * np.array([math.cos(k * psi), side * math.sin(k * psi)])
         np.testing.assert_allclose(w, expected, rtol=0, atol=2**14 * EPS * R)  # 1 / sin(3.0), times R / h up to 400
-
-
-def orbit_radius_estimate(max_angle, beta1, lr, a=4 / math.pi, b=1.0):
-    x, alpha = steady_ratio(max_angle, beta1), np.arange(720) * 2 * math.pi / 720
-    h = lr * a * np.hypot(np.arctan(math.sqrt(2) * x * np.cos(alpha) / b), np.arctan(math.sqrt(2) * x * np.sin(alpha) / b))
-    return h.mean() / (2 * math.sin(steady_turn(max_angle, beta1) / 2))
 
 
 def iterates(max_angle, steps, lr=0.01, start=(1.0, 0.4), betas=(0.9, 0.99), A=None):
@@ -527,12 +511,6 @@ def circle(*args, **options):
     return np.linalg.norm(iterates(*args, **options), axis=1)
 
 
-def table_rows(number, pattern):
-    """The rows of THEORY.md that match, as tuples of strings."""
-    section = (Path(__file__).parent.parent / "THEORY.md").read_text(encoding="utf-8").split(f"\n## {number} ")[1]
-    return re.findall(pattern, section.split("\n## ")[0], re.M)
-
-
 def test_m7_simulated_orbits_and_estimated_radii_are_those_of_the_table():
     degrees, simulated, estimated = ([float(x.strip("° ")) for x in row.split("|")] for row in
                                      table_rows("M7", r"^\| (?:max_angle|simulated|estimate) \| (.*) \|$"))
@@ -541,7 +519,7 @@ def test_m7_simulated_orbits_and_estimated_radii_are_those_of_the_table():
         radii = circle(D, 2500)[-500:] / 0.01
         assert radii.min() > 0.9 * radii.max()  # a circle, not an excursion
         assert radii.mean() == pytest.approx(radius, rel=1e-3, abs=0.005)  # printed with two decimals
-        assert orbit_radius_estimate(D, 0.9, 1.0) == pytest.approx(estimate, abs=0.005)
+        assert orbit_radius(D, 0.9) == pytest.approx(estimate, abs=0.005)
         assert radius == pytest.approx(estimate, rel=0.02)
 
 
@@ -551,7 +529,7 @@ def test_m7_starts_off_the_axes_and_diagonals_end_on_that_circle_and_those_on_th
     if 0 in start or start[0] == start[1]:
         assert radii.max() < 0.2 * 0.01
     else:
-        assert radii.mean() == pytest.approx(orbit_radius_estimate(math.radians(45), 0.9, 0.01), rel=0.02)
+        assert radii.mean() == pytest.approx(0.01 * orbit_radius(math.radians(45), 0.9), rel=0.02)
 
 
 def test_m7_from_pi_over_2_on_the_iterates_end_within_about_one_step_and_at_small_caps_tens_of_steps_away():
@@ -812,15 +790,21 @@ def test_m9_tight_lag_and_stability_terms_of_the_momentum_bound():
 
 # -- M10: scopes -----------------------------------------------------------------------------------------------------
 
-def scope_angles(gradients, momenta, scope):
-    """last_angle after a second step whose momenta are proportional to `momenta` (one per tensor)."""
-    ps = [torch.nn.Parameter(torch.zeros(len(m), dtype=torch.float64)) for m in momenta]
-    optimizer = MoClip(ps, scope=scope, max_angle=math.pi)
-    for vectors in (momenta, gradients):
-        for p, x in zip(ps, vectors):
+def two_steps(first, second, **options):
+    """(last_angle of the second step, the whole momentum after each) for two lists of gradients, one a tensor."""
+    ps = [torch.nn.Parameter(torch.zeros(len(x), dtype=torch.float64)) for x in first]
+    optimizer, momenta = MoClip(ps, **options), []
+    for gradients in (first, second):
+        for p, x in zip(ps, gradients):
             p.grad = torch.tensor(np.asarray(x, dtype=np.float64))
         optimizer.step()
-    return optimizer.last_angle
+        momenta.append(np.concatenate([optimizer.state[p]["exp_avg"].numpy() for p in ps]))
+    return optimizer.last_angle, momenta
+
+
+def scope_angles(gradients, momenta, scope):
+    """last_angle after a second step whose momenta are proportional to `momenta` (one per tensor)."""
+    return two_steps(momenta, gradients, scope=scope, max_angle=math.pi)[0]
 
 
 def test_m10_tensor_angles_of_zero_leave_a_global_angle_near_pi_over_2():
@@ -839,13 +823,7 @@ def test_m10_tight_pieces_at_one_angle_with_proportional_lengths(theta, length, 
 
 def test_m10_false_if_a_tensor_is_antiparallel():
     for scope, turn in (("tensor", 126.82), ("global", 57.40)):  # by the definition of the step; the cap is 90 degrees
-        ps = [torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2)]
-        optimizer, momenta = MoClip(ps, scope=scope), []
-        for gradient in ((1.0, 0.1), (-1.0, 1.0)):
-            for p, g in zip(ps, gradient):
-                p.grad = torch.tensor([g], dtype=torch.float64)
-            optimizer.step()
-            momenta.append(np.array([optimizer.state[p]["exp_avg"].item() for p in ps]))
+        _, momenta = two_steps(([1.0], [0.1]), ([-1.0], [1.0]), scope=scope)
         assert math.degrees(plane_angle(*momenta)) == pytest.approx(turn, abs=0.01)
 
 

@@ -5,8 +5,6 @@ plain numpy softmaxes or from torch's own cross-entropy. Tolerances are multiple
 """
 
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from logits_replay import ReplayRecord, linear_replay_cross_entropy, outside_mass, record_topk, replay_cross_entropy
 from strategies import taus
+from test_theory_map import table_rows
 
 EPS = float(np.finfo(np.float64).eps)
 EPS32 = float(np.finfo(np.float32).eps)
@@ -89,14 +88,22 @@ logit_rows = st.integers(2, 24).flatmap(lambda V: hnp.arrays(np.float64, V, elem
 
 # -- R1: coverage and minimality -------------------------------------------------------------------------------------
 
-@given(logit_rows, taus, st.data())
-def test_r1_recorded_set_covers_tau_with_the_fewest_tokens(z, tau, data):
-    y = data.draw(st.integers(0, len(z) - 1))
-    S = row_of(record_topk(torch.tensor(z[None]), torch.tensor([y]), tau))
-    p, tol = softmax(z), 2 * len(z) * EPS  # V additions in either order
+# wider than the 64 tokens that are tried first
+wide_rows = st.tuples(st.sampled_from([65, 100, 300]), st.floats(0.1, 3), st.integers(0, 2**32 - 1)).map(
+    lambda drawn: drawn[1] * np.random.default_rng(drawn[2]).normal(size=drawn[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@given(z=logit_rows | wide_rows, tau=taus, data=st.data())
+def test_r1_recorded_set_covers_tau_with_the_fewest_tokens(dtype, z, tau, data):
+    y, logits = data.draw(st.integers(0, len(z) - 1)), torch.tensor(z, dtype=dtype)
+    S = row_of(record_topk(logits[None], torch.tensor([y]), tau))
+    p = softmax(z) if dtype == torch.float64 else logits.softmax(0).double().numpy()  # the very numbers that are added
+    total = 1 if dtype == torch.float64 else p.sum()
+    tol = 2 * len(z) * EPS  # V additions in either order
     rho = p[[j for j in range(len(p)) if j not in S]].sum()
     assert y in S
-    assert rho <= 1 - tau + tol
+    assert rho <= max(total - tau, 0) + tol
     # K = the fewest tokens that can cover tau at all: the K - 1 largest do not, so no K - 1 tokens do
     K = 1 + int((np.cumsum(np.sort(p)[::-1])[:-1] < tau - tol).sum())
     K_if_rounded_up = 1 + int((np.cumsum(np.sort(p)[::-1])[:-1] < tau + tol).sum())
@@ -107,10 +114,11 @@ def test_r1_recorded_set_covers_tau_with_the_fewest_tokens(z, tau, data):
     assert p[core].sum() - least < tau + tol  # ... and one token fewer would not cover tau
 
 
-@given(st.sampled_from([2, 4, 8, 16, 64]), st.data())
-def test_r1_tight_uniform_model_reaches_both_bounds(V, data):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@given(V=st.sampled_from([2, 4, 8, 16, 64, 128, 1024]), data=st.data())
+def test_r1_tight_uniform_model_reaches_both_bounds(dtype, V, data):
     k = data.draw(st.integers(1, V))
-    record = record_topk(torch.zeros(1, V, dtype=torch.float64), torch.tensor([0]), k / V)  # ties: token 0 ranks first
+    record = record_topk(torch.zeros(1, V, dtype=dtype), torch.tensor([0]), k / V)  # ties: token 0 ranks first
     assert len(row_of(record)) == k  # ceil(tau V), the largest K_t can be
     assert float(record.outside_mass) == 1 - k / V  # exact: dyadic probabilities
 
@@ -423,8 +431,8 @@ def log_odds_outside(z, S):
     return lse(z[~inside]) - lse(z[inside])
 
 
-@pytest.mark.parametrize("step_size, loss_at_the_end", [(0.1, 0.1), (1, 0.01), (10, 0.001)])
-def test_r7_replay_loss_can_vanish_while_rho_goes_to_one_and_the_full_loss_grows(step_size, loss_at_the_end):
+@pytest.mark.parametrize("step_size, replay_end, rho_end, full_end", [(0.1, 0.1, 0.99, 5), (1, 0.01, 0.9999, 8), (10, 0.001, 0.9999, 8)])
+def test_r7_replay_loss_can_vanish_while_rho_goes_to_one_and_the_full_loss_grows(step_size, replay_end, rho_end, full_end):
     W = torch.tensor([[1.0], [0.0], [3.0]], dtype=torch.float64)  # token 2, outside, shares the gold token's feature
     h = torch.tensor([[-4.0]], dtype=torch.float64, requires_grad=True)
     target = torch.tensor([0])
@@ -436,7 +444,7 @@ def test_r7_replay_loss_can_vanish_while_rho_goes_to_one_and_the_full_loss_grows
         h = (h - step_size * torch.autograd.grad(loss, h)[0]).detach().requires_grad_()
     replay, rho, full = map(np.array, zip(*history))
     assert (np.diff(replay) < 0).all() and (np.diff(rho) > 0).all()
-    assert rho[0] < 1e-4 and replay[-1] < loss_at_the_end and rho[-1] > 0.99 and full[-1] > 5
+    assert rho[0] < 1e-4 and replay[-1] < replay_end and rho[-1] > rho_end and full[-1] > full_end
 
 
 @given(positions(outside=2))
@@ -554,10 +562,8 @@ def test_r8_head_work_is_6_nnz_d_and_no_tensor_is_larger_than_nnz_or_the_inputs(
 
 
 def head_share_table():
-    text = (Path(__file__).parent.parent / "THEORY.md").read_text()
     row = r"^\| (\S+) \| ([\d ]+) \| ([\d ]+) \| ([\d ]+) \| ([\d ]+) \| ([\d.]+) % \| (\S+) \|$"
-    rows = re.findall(row, text, re.M)
-    return [(name, *(int(x.replace(" ", "")) for x in numbers[:4]), float(numbers[4]), numbers[5]) for name, *numbers in rows]
+    return [(name, *(int(x.replace(" ", "")) for x in numbers[:4]), float(numbers[4]), numbers[5]) for name, *numbers in table_rows("R8", row)]
 
 
 def test_r8_table_of_head_shares_follows_from_V_d_and_parameter_count():
