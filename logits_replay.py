@@ -258,7 +258,8 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
         if not decided.all():
             wide = (~decided).nonzero()[:, 0]
             p, y = p[wide], y[wide]
-            # float64 by rank: a histogram adds in another order, and at tau = 1 the last bit of the running sum decides
+            # float64 by rank: a histogram adds in another order, and at tau = 1 the last bit of the sum decides; float32
+            # terms leave a float64 sum 29 bits to spare
             wide_row, wide_token, rho[t[wide]] = (_cover_by_histogram(p, y, tau) if max_size is None and p.dtype == torch.float32
                                                   else _cover_by_rank(p, y, tau, V, limit)[:3])
             if decided.any():  # rows of both kinds: back in order

@@ -11,6 +11,7 @@ The optimizer of *Logits Replay + MoClip* (Qiu, Li, Zhou, Huang, Qiu, Sun; arXiv
     Delta_max   max_angle     the cap on theta
     g~                        g, rotated to the cap where theta exceeds it
     t           step          number of steps taken by a parameter
+    eps         eps           machine epsilon of the arithmetic: float32's for bfloat16 and float16
 
 Angles are radians throughout. The published summary of the paper gives no formula for the rotation, the scope of
 the angle, or the antiparallel case; what is chosen here, and why, stands where it happens and in README.md.
