@@ -8,7 +8,7 @@ import pickle
 import zipfile
 
 import numpy as np
-import numpy_reference as reference
+import plain_reference as reference
 import pytest
 import torch
 import torch.nn.functional as F

@@ -4,7 +4,7 @@ import copy
 import math
 import pickle
 
-import numpy_reference as reference
+import plain_reference as reference
 import pytest
 import torch
 from hypothesis import assume, given

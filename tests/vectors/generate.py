@@ -1,4 +1,4 @@
-"""Writes the golden vectors from tests/numpy_reference.py alone: python tests/vectors/generate.py
+"""Writes the golden vectors from tests/plain_reference.py alone: python tests/vectors/generate.py
 
 Gradients, logits and starting points are exact in float32, and every decision (is tau reached? is the angle above the
 cap?) is either exact or clear by more than MARGIN, so that float32 and float64 ports decide alike.
@@ -13,7 +13,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 
-import numpy_reference as reference  # noqa: E402  (its folder is on the path only now)
+import plain_reference as reference  # noqa: E402  (its folder is on the path only now)
 
 MARGIN = 1e-4
 DEGREE = math.pi / 180
