@@ -1,10 +1,9 @@
 """Logits Replay: record the tokens that matter once, then train on the softmax over only those.
 
-The two stages of *Logits Replay + MoClip* (Qiu, Li, Zhou, Huang, Qiu, Sun; arXiv:2510.09152), in its summary's words:
-"In Stage 0, we record dynamic Top-K token subsets that cover a probability threshold, always including the gold
-label. In Stage 1, we replay these compact subsets to compute exact renormalized losses, avoiding full softmax".
-Stage 0 is `record_topk`, its result a `ReplayRecord`; Stage 1 is `linear_replay_cross_entropy` (the fast form) or
-`replay_cross_entropy` (the same loss, from logits); `outside_mass` says how far the two softmaxes are apart.
+The two stages of *Logits Replay + MoClip* (Qiu, Li, Zhou, Huang, Qiu, Sun; arXiv:2510.09152): "In Stage 0, we record
+dynamic Top-K token subsets that cover a probability threshold, always including the gold label. In Stage 1, we replay
+these compact subsets to compute exact renormalized losses, avoiding full softmax".
+What is guaranteed is proved in THEORY.md (R1 to R8); choices of ours are in README.md.
 
     symbol   code           meaning
     N                       token positions: a batch of sequences, flattened row-major
@@ -18,9 +17,27 @@ Stage 0 is `record_topk`, its result a `ReplayRecord`; Stage 1 is `linear_replay
     rho_t    outside_mass   probability outside S_t
     nnz                     sum over t of |S_t|
 
-What is guaranteed is stated and proved in THEORY.md (R1 to R8); where the published summary is silent, the choice
-made here is said in place and listed in README.md. Not here: several processes (each records its shard, then
-`ReplayRecord.concat`), compression of the file, hidden-state caching.
+One row, tau = 0.8, the gold token marked by a star:
+
+    token           9     2     4     0*    7
+    p             .60   .25   .08   .04   .03
+    running sum   .60   .85                         0.8 is reached with two tokens: K = 2
+    S               9     2           0             the top K and gold; in the record 0, 2, 9
+    rho                       .08  +        .03     = 0.11 is outside; Stage 1 gives 0, 2 and 9 all of the softmax
+
+The definition in four lines, and what `record_topk` and `replay_cross_entropy` make of the same row:
+
+>>> p = torch.tensor([.04, 0, .25, 0, .08, 0, 0, .03, 0, .60]); z = p.clamp(min=1e-30).log(); y, tau = 0, 0.8
+>>> order = p.argsort(descending=True, stable=True)
+>>> K = 1 + int((p[order].cumsum(0, dtype=torch.float64) < tau).sum())
+>>> S = sorted({*order[:K].tolist(), y}); loss = z[S].logsumexp(0) - z[y]
+>>> record = record_topk(z, torch.tensor(y), tau)                        # Stage 0
+>>> S, record.token_ids.tolist()
+([0, 2, 9], [0, 2, 9])
+>>> torch.allclose(loss, replay_cross_entropy(z, torch.tensor(y), record))     # Stage 1
+True
+
+Not here: several processes (each records its shard, then `ReplayRecord.concat`), compression, cached hidden states.
 """
 
 import math
@@ -34,29 +51,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-with warnings.catch_warnings():  # torch warns once that CSR tensors are in beta: here that is known
-    warnings.simplefilter("ignore")
-    torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
-
-DTYPES = {"token_ids": torch.int32, "offsets": torch.int64, "outside_mass": torch.float32}
-SAMPLED_ON = ("cpu", "cuda")  # the devices on which torch has sampled_addmm
-
-
-def _require(ok: Tensor, message: str) -> None:
-    """Raise ValueError for the first row t where ok[t] is false."""
-    if not ok.all():
-        raise ValueError(f"{message} (row {int((~ok).nonzero()[0])})")
-
-
-def _offsets(sizes: Tensor) -> Tensor:
-    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-
-
-def _ranges(starts: Tensor, sizes: Tensor) -> Tensor:
-    """The indices of the ranges [starts_t, starts_t + sizes_t), one range after the other."""
-    offsets = _offsets(sizes)
-    return (starts - offsets[:-1]).repeat_interleave(sizes) + torch.arange(int(offsets[-1]), device=sizes.device)
-
+# ------------------------------------------------------------------------------------------------ what Stage 0 records
 
 @dataclass(frozen=True, eq=False)
 class ReplayRecord:
@@ -69,12 +64,6 @@ class ReplayRecord:
     tau           float            the coverage asked for
 
     All tensors on one device. Raises ValueError if a field breaks its line above, however the record was made.
-
-    >>> record = record_topk(torch.tensor([[3.0, 2.0, 0.0, 1.0], [0.0, 9.0, 0.0, 0.0]]), torch.tensor([2, 1]), tau=0.8)
-    >>> record.token_ids.tolist(), record.offsets.tolist()               # row 0 covers 0.88; gold token 2 was added
-    ([0, 1, 2, 1], [0, 3, 4])
-    >>> record.select([1]).token_ids.tolist()
-    [1]
     """
 
     token_ids: Tensor
@@ -84,26 +73,7 @@ class ReplayRecord:
     tau: float
 
     def __post_init__(self):
-        for name, dtype in DTYPES.items():
-            x = getattr(self, name)
-            if x.dtype != dtype or x.dim() != 1:
-                raise ValueError(f"{name} must be one-dimensional {dtype}, got {x.dtype} of shape {tuple(x.shape)}")
-        if not 0 < self.tau <= 1:
-            raise ValueError(f"tau must lie in (0, 1], got {self.tau}")
-        if not 0 < self.vocab_size < 2**31:
-            raise ValueError(f"vocab_size must lie in [1, 2**31), got {self.vocab_size}")
-        ids, offsets, rho = self.token_ids, self.offsets, self.outside_mass
-        if len(offsets) != len(rho) + 1 or offsets[0] != 0 or offsets[-1] != len(ids):
-            raise ValueError(f"offsets must hold {len(rho) + 1} entries from 0 to {len(ids)}")
-        _require(offsets.diff() >= 0, "offsets must never decrease")
-        _require((rho >= 0) & (rho <= 1), "outside_mass must lie in [0, 1]")
-        if len(ids) and not 0 <= int(ids.amin()) <= int(ids.amax()) < self.vocab_size:
-            raise ValueError(f"token_ids must lie in [0, {self.vocab_size})")
-        ascending = torch.cat([ids.new_ones(1, dtype=torch.bool), ids[1:] > ids[:-1], ids.new_ones(1, dtype=torch.bool)])
-        ascending[offsets] = True  # the order starts anew where a row does
-        if not ascending.all():
-            row = int(torch.searchsorted(offsets, (~ascending).nonzero()[0], right=True)) - 1
-            raise ValueError(f"token_ids must be ascending without duplicates (row {row})")
+        _check_record(self)
 
     def __len__(self) -> int:
         return len(self.outside_mass)
@@ -120,11 +90,7 @@ class ReplayRecord:
 
     def select(self, positions) -> "ReplayRecord":
         """The rows at `positions` (integers in [0, N)), in the order asked for, repeats allowed."""
-        positions = torch.as_tensor(positions, device=self.offsets.device).flatten()
-        if len(positions) and (positions.is_floating_point() or positions.dtype == torch.bool):
-            raise ValueError(f"positions must be integers, got {positions.dtype}")
-        positions = positions.long()
-        _require((positions >= 0) & (positions < len(self)), f"positions must lie in [0, {len(self)})")
+        positions = _check_positions(positions, self)
         sizes = self.subset_sizes[positions]
         return ReplayRecord(self.token_ids[_ranges(self.offsets[positions], sizes)], _offsets(sizes),
                             self.outside_mass[positions], self.vocab_size, self.tau)
@@ -135,87 +101,20 @@ class ReplayRecord:
 
     @staticmethod
     def concat(records) -> "ReplayRecord":
-        """The rows of all records, in order. Raises ValueError for no records and for unequal vocab_size or tau."""
-        records = list(records)
-        if not records:
-            raise ValueError("records must hold at least one record")
-        first = records[0]
-        for i, record in enumerate(records):
-            if (record.vocab_size, record.tau) != (first.vocab_size, first.tau):
-                raise ValueError(f"records[{i}] has vocab_size {record.vocab_size} and tau {record.tau}, "
-                                 f"records[0] has {first.vocab_size} and {first.tau}")
-        return ReplayRecord(torch.cat([r.token_ids for r in records]), _offsets(torch.cat([r.subset_sizes for r in records])),
-                            torch.cat([r.outside_mass for r in records]), first.vocab_size, first.tau)
+        """The rows of all records, in order; ValueError for no records and for unequal vocab_size or tau."""
+        return _concat(list(records))
 
     def save(self, path) -> None:
-        """Write an uncompressed .npz (one array per field, no pickle), atomically: a crash leaves the old file or the new."""
-        temporary = f"{os.fsdecode(path)}.{os.getpid()}"
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, vocab_size=self.vocab_size, tau=self.tau,
-                         **{name: getattr(self, name).numpy(force=True) for name in DTYPES})
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+        """Write an uncompressed .npz (an array a field, no pickle); a crash leaves the old file or the new one."""
+        _save(self, path)
 
     @staticmethod
     def load(path) -> "ReplayRecord":
-        """Read what `save` wrote, on the CPU. Executes nothing from the file; checks its CRCs and every invariant.
-
-        Raises ValueError for a file that is truncated, corrupt or inconsistent, OSError for one that cannot be read.
-        """
-        with open(path, "rb") as file:
-            try:
-                arrays = {}
-                with zipfile.ZipFile(file) as archive:
-                    for field in fields(ReplayRecord):
-                        # zipfile compares the CRC at the member's end; a damaged header that stops earlier breaks an invariant
-                        with archive.open(field.name + ".npy") as member:
-                            arrays[field.name] = np.lib.format.read_array(member, allow_pickle=False)
-                tensors = {name: torch.from_numpy(arrays[name]) for name in DTYPES}
-                return ReplayRecord(**tensors, vocab_size=int(arrays["vocab_size"]), tau=float(arrays["tau"]))
-            except Exception as error:  # zipfile and numpy raise a dozen types on damaged input
-                raise ValueError(f"{path} is not a complete, undamaged record: {error}") from error
+        """Read what `save` wrote, on the CPU, executing nothing from it; ValueError if its CRCs or invariants fail."""
+        return _load(path)
 
 
-def _flat_target(target: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
-    """(N,) int64; ValueError for an entry that is neither a token nor ignore_index."""
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise ValueError(f"target must hold integers, got {target.dtype}")
-    target = target.flatten().long()
-    _require((target == ignore_index) | ((target >= 0) & (target < vocab_size)),
-             f"target must lie in [0, {vocab_size}) or be ignore_index={ignore_index}")
-    return target
-
-
-def _flat_logits(logits: Tensor) -> Tensor:
-    """(N, V); ValueError for a row that is not finite."""
-    if not logits.is_floating_point() or logits.dim() == 0:
-        raise ValueError(f"logits must be floating point of shape (..., V), got {logits.dtype} {tuple(logits.shape)}")
-    logits = logits.reshape(-1, logits.shape[-1])
-    ok = logits.detach().sum(1).isfinite()  # fast; but finite terms can have an infinite sum, so look closer there
-    _require(ok.index_put((~ok,), logits[~ok].isfinite().all(1)), "logits must be finite")
-    return logits
-
-
-def _check_fit(name: str, N: int, V: int, record: ReplayRecord) -> None:
-    if (N, V) != (len(record), record.vocab_size):
-        raise ValueError(f"{name} of N = {N} positions and V = {V} tokens does not fit the record "
-                         f"of N = {len(record)} and V = {record.vocab_size}")
-
-
-def _check_shapes(name: str, leading, target: Tensor) -> None:
-    if tuple(leading) != tuple(target.shape):
-        raise ValueError(f"{name} of leading shape {tuple(leading)} does not fit target of shape {tuple(target.shape)}")
-
-
-def _wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of softmax and loss: float64 if a tensor is, else float32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-
+# ------------------------------------------------------------------------------------------------------------- Stage 0
 
 @torch.no_grad()
 def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ignore_index=-100) -> ReplayRecord:
@@ -226,60 +125,186 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
 
     Tokens are ranked by probability, descending, equal probabilities by id, ascending: S_t is unique. p is the float32
     softmax (float64 for float64 logits), the running sum float64. tau = 1 takes every token that is needed for the
-    rounded sum to reach 1, all V if it never does. K_t is exact at any size: a top-k of 64 tokens is tried first, and
-    the rows that it cannot decide are covered by a histogram of their probabilities or a full sort.
+    rounded sum to reach 1, all V if it never does. K_t is exact at any size: nothing caps it but `max_size`.
 
-    Args:
-        logits: (..., V), finite, any floating dtype.   target: (...), integers in [0, V) or ignore_index.
-        tau: in (0, 1].   max_size: if given, an explicit cap >= 1 on |S_t|, gold included, whatever tau asks for.
-    Returns the record of the N = prod(...) positions, on the device of the logits.
-    Raises ValueError naming the argument, the row and the rule.
+    logits: (..., V), finite, any floating dtype.   target: (...), integers in [0, V) or ignore_index.
+    tau: in (0, 1].   max_size: if given, an explicit cap >= 1 on |S_t|, gold included, whatever tau asks for.
+    Returns the record of the N = prod(...) positions. Raises ValueError naming the argument, the row and the rule.
     Source: arXiv:2510.09152, abstract (Stage 0). Ties, arithmetic and max_size are this project's decisions.
     """
-    if not 0 < tau <= 1:
-        raise ValueError(f"tau must lie in (0, 1], got {tau}")
-    if max_size is not None and max_size < 1:
-        raise ValueError(f"max_size must be at least 1, got {max_size}")
-    _check_shapes("logits", logits.shape[:-1], target)
-    logits = _flat_logits(logits)
+    logits, target = _check_stage0(logits, target, tau, max_size, ignore_index)
     (N, V), device = logits.shape, logits.device
-    target = _flat_target(target, V, ignore_index)
     if device.type == "mps":  # it has no float64 for the running sum
         return record_topk(logits.cpu(), target.cpu(), tau, max_size=max_size, ignore_index=ignore_index).to(device)
-    limit = min(max_size or V, V)
-    k = min(V, 64 if max_size is None else limit + 1)
     token_ids, sizes, rho = [], torch.zeros(N, dtype=torch.int64, device=device), torch.zeros(N, device=device)
-    # a few rows at a time: on a CPU as many as its cache holds, elsewhere as many as keep it busy
+    # a few rows at a time: on a CPU a million logits, which its cache holds, elsewhere enough to keep it busy
     for t in torch.arange(N, device=device).split(2**(20 if device.type == "cpu" else 26) // V + 1):
         scored = target[t] != ignore_index
         z, t = (logits[t[0]:t[-1] + 1], t) if scored.all() else (logits[t[scored]], t[scored])
-        p, y = z.softmax(1, dtype=_wide_dtype(logits)), target[t, None]
-        row, token, rho[t], decided = _cover_by_rank(p, y, tau, k, limit)
-        if not decided.all():
-            wide = (~decided).nonzero()[:, 0]
-            p, y = p[wide], y[wide]
-            # float64 by rank: a histogram adds in another order, and at tau = 1 the last bit of the sum decides; float32
-            # terms leave a float64 sum 29 bits to spare
-            wide_row, wide_token, rho[t[wide]] = (_cover_by_histogram(p, y, tau) if max_size is None and p.dtype == torch.float32
-                                                  else _cover_by_rank(p, y, tau, V, limit)[:3])
-            if decided.any():  # rows of both kinds: back in order
-                row, order = torch.cat([row, wide[wide_row]]).sort(stable=True)
-                token = torch.cat([token, wide_token])[order]
-            else:
-                row, token = wide_row, wide_token
+        p = z.softmax(1, dtype=_wide_dtype(logits))
+        row, token, rho[t] = _cover(p, target[t, None], tau, max_size)  # (row, token): all members of the S_t, in order
         token_ids.append(token.int())
         sizes[t] = row.bincount(minlength=len(t))
     token_ids = torch.cat([torch.empty(0, dtype=torch.int32, device=device), *token_ids])
     return ReplayRecord(token_ids, _offsets(sizes), rho, V, float(tau))
 
 
+# ------------------------------------------------------------------------------------------------------------- Stage 1
+
+def replay_cross_entropy(logits: Tensor, target: Tensor, record: ReplayRecord, *,
+                         ignore_index=-100, reduction="mean") -> Tensor:
+    """Stage 1: cross-entropy under the softmax renormalized to the recorded subset, from dense logits.
+
+        L_t = log( sum over j in S_t of exp z_j ) - z_y
+
+    Mirrors `F.cross_entropy`: logits (..., V), target (...), "mean" divides by the number of targets that are not
+    ignored; the result is float32 (float64 for float64 logits), in nats, shaped like target for "none". It
+    never exceeds `F.cross_entropy` (THEORY.md R2), and its gradient is exactly zero outside S_t (R3): nothing holds the
+    outside mass down (R7).
+    Raises ValueError for non-finite logits, a target outside [0, V) or not in its recorded row, N or V that disagree.
+    Source: arXiv:2510.09152, abstract (Stage 1, "exact renormalized losses").
+
+    >>> logits, target = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
+    >>> record = record_topk(logits, target, tau=0.9)                    # keeps tokens 0 and 1
+    >>> replay_cross_entropy(logits, target, record)                     # log(1 + exp(-1))
+    tensor(0.3133)
+    """
+    _check_shapes("logits", logits.shape[:-1], target)
+    flat = _flat_logits(logits)
+    _check_fit("logits", *flat.shape, record)
+    y, dtype = _flat_target(target, record.vocab_size, ignore_index), _wide_dtype(flat)
+    z = flat[record.rows, record.token_ids.long()].to(dtype)
+    return _reduce(_nll(z, y, record, ignore_index), y != ignore_index, target.shape, reduction)
+
+
+def linear_replay_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, record: ReplayRecord, *,
+                                linear_bias=None, ignore_index=-100, reduction="mean") -> Tensor:
+    """Stage 1, fast: `replay_cross_entropy` of logits = input @ linear_weight.T + linear_bias, never formed.
+
+        z_tj = <input_t, weight_j> + bias_j   for j in S_t only
+
+    Mirrors `F.linear_cross_entropy`: input (..., d), linear_weight (V, d), target (...), linear_bias (V,) or None.
+    O(nnz d) operations instead of O(N V d) (THEORY.md R8).
+    float16 and bfloat16 are accumulated, and the loss returned, in float32, under autocast too. Uses
+    `torch.sparse.sampled_addmm` on CPU and CUDA, which have it, and gathers rows elsewhere.
+    Raises ValueError as `replay_cross_entropy` does.
+    Source: arXiv:2510.09152, abstract ("avoiding full softmax computation").
+
+    >>> h, W, y = torch.randn(5, 8), torch.randn(100, 8), torch.arange(5)
+    >>> record = record_topk(h @ W.T, y, tau=0.9)
+    >>> loss = linear_replay_cross_entropy(h, W, y, record)
+    >>> torch.allclose(loss, replay_cross_entropy(h @ W.T, y, record))
+    True
+    """
+    _check_linear(input, linear_weight, linear_bias, target)
+    dtype, rows, ids = _wide_dtype(input, linear_weight), record.rows, record.token_ids
+    h, W = input.reshape(-1, input.shape[-1]).to(dtype), linear_weight.to(dtype)
+    _check_fit("input @ linear_weight.T", len(h), len(W), record)
+    y = _flat_target(target, record.vocab_size, ignore_index)
+    # z (nnz,) = (h[rows] * W[ids]).sum(1)
+    logits_of = _SampledLogits.apply if h.device.type in SAMPLED_ON else _gathered_logits
+    z = logits_of(h, W, rows, record.offsets.int(), ids)
+    if linear_bias is not None:
+        z = z + linear_bias[ids]
+    _check_finite(z, rows)
+    return _reduce(_nll(z, y, record, ignore_index), y != ignore_index, target.shape, reduction)
+
+
+def _nll(z: Tensor, y: Tensor, record: ReplayRecord, ignore_index: int) -> Tensor:
+    """L_t (N,) from z (nnz,), the logits of the recorded tokens, row after row."""
+    rows, zeros = record.rows, z.new_zeros(len(record))
+    counted, is_gold = y != ignore_index, record.token_ids == y[rows]
+    has_gold = zeros.index_add(0, rows, is_gold.to(z.dtype)) > 0
+    _require((has_gold | ~counted, "target must be in its recorded row: is this the record of this batch?"))
+    z_gold = zeros.index_add(0, rows, z.where(is_gold, 0))
+    z_max = zeros.scatter_reduce(0, rows, z.detach(), "amax", include_self=False)
+    # L_t = (max - z_y) + log(sum of exp(z_j - max)); the maximum, a constant, keeps exp from overflowing
+    total = zeros.index_add(0, rows, (z - z_max[rows]).exp())
+    return torch.where(counted, (z_max - z_gold) + total.where(counted, 1).log(), 0)
+
+
+def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:
+    """The probability outside each recorded subset, under any model's logits: what the replay loss does not see.
+
+        rho_t = sum of softmax(z_t)_j over j not in S_t
+
+    logits: (..., V), finite. Returns (N,), float64 for float64 logits, else float32; 0 for an empty (ignored) row.
+    Differentiable. L_full - L_S = -log(1 - rho_t), and the gradient of L_S does not hold it down (R2, R7): watch it.
+    Raises ValueError if logits are not finite or disagree with the record on N or V.
+
+    >>> record = record_topk(torch.zeros(1, 4), torch.tensor([0]), tau=0.5)
+    >>> outside_mass(torch.tensor([[0.0, 0.0, 0.0, 100.0]]), record)     # the model moved: all mass is outside now
+    tensor([1.])
+    """
+    flat = _flat_logits(logits)
+    _check_fit("logits", *flat.shape, record)
+    p = flat.softmax(1, dtype=_wide_dtype(flat))
+    inside = (record.rows, record.token_ids.long())
+    return p.index_put(inside, p.new_zeros(())).sum(1).clamp(max=1) * (record.subset_sizes > 0)
+
+
+# ------------------------------------------------- a learner may stop here: below are fast paths, checks and the file
+
+def _offsets(sizes: Tensor) -> Tensor:
+    """(n,) sizes of rows -> (n + 1,), where each starts and the last one ends."""
+    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+
+
+def _ranges(starts: Tensor, sizes: Tensor) -> Tensor:
+    """The indices of the ranges [starts_t, starts_t + sizes_t), one range after the other: (sum of sizes,)."""
+    offsets = _offsets(sizes)
+    return (starts - offsets[:-1]).repeat_interleave(sizes) + torch.arange(int(offsets[-1]), device=sizes.device)
+
+
+def _wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of softmax and loss: float64 if a tensor is, else float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def _reduce(nll: Tensor, counted: Tensor, shape, reduction: str) -> Tensor:
+    """The reduction of `F.cross_entropy` over L_t (N,): "mean" over those that are counted, (N,) bool."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    if reduction == "none":
+        return nll.reshape(shape)
+    return nll.sum() / counted.sum() if reduction == "mean" else nll.sum()
+
+
+# --------------------------------------------------------------------------------------------- fast paths: the subset
+
+def _cover(p: Tensor, y: Tensor, tau: float, max_size):
+    """S_t of the rows p (n, V) with gold y (n, 1), as (row, token) pairs in order, and rho_t (n,). Consumes p.
+
+    The 64 most probable tokens are tried first: they decide a confident row at a tenth of the price of a sort. The
+    other rows are covered by a histogram of their probabilities or, where that could err, by rank over the whole row.
+    """
+    V = p.shape[1]
+    limit = min(max_size or V, V)
+    # under a cap one more than it allows, so that a tie at the edge shows
+    row, token, rho, decided = _cover_by_rank(p, y, tau, min(V, 64 if max_size is None else limit + 1), limit)
+    if decided.all():
+        return row, token, rho
+    wide = (~decided).nonzero()[:, 0]
+    # float64 by rank: a histogram adds in another order, and at tau = 1 the last bit of the sum decides; float32
+    # terms leave a float64 sum 29 bits to spare
+    if max_size is None and p.dtype == torch.float32:
+        wide_row, wide_token, rho[wide] = _cover_by_histogram(p[wide], y[wide], tau)
+    else:
+        wide_row, wide_token, rho[wide], _ = _cover_by_rank(p[wide], y[wide], tau, V, limit)
+    row, order = torch.cat([row, wide[wide_row]]).sort(stable=True)  # rows of both kinds: back in order
+    return row, torch.cat([token, wide_token])[order], rho
+
+
 def _cover_by_rank(p: Tensor, y: Tensor, tau: float, k: int, limit: int):
-    """S_t of the rows that the k most probable tokens decide, as (row, token) pairs in order; rho_t; (n,) bool, which those are."""
+    """S_t of the rows p (n, V) that their k most probable tokens decide, at most `limit` tokens each. Consumes p.
+
+    Returns (row, token), the pairs of the decided rows in order; rho_t (n,); decided (n,) bool.
+    """
     V = p.shape[1]
     ids = p.topk(k).indices.sort(1).values  # topk promises no order among equals: order by id, then stably by p
     top, order = p.gather(1, ids).sort(dim=1, descending=True, stable=True)
     ids, rank = ids.gather(1, order), torch.arange(k, device=p.device)
-    # K_t = min {K : p_(1) + ... + p_(K) >= tau}; k + 1 means "not among these k" (added in order on a CPU, by a scan on CUDA)
+    # K_t = min {K : p_(1) + ... + p_(K) >= tau}; k + 1 means "not among these k" (a CPU adds in order, CUDA by a scan)
     K = (1 + (top.cumsum(1, dtype=torch.float64) < tau).sum(1, keepdim=True)).clamp(max=limit)
     # decided, if the K_t-th token is here and none that is as probable as it can be missing
     decided = (K <= k) & ((k == V) | (top.gather(1, K.clamp(max=k) - 1) > top[:, -1:]))
@@ -296,7 +321,10 @@ def _cover_by_rank(p: Tensor, y: Tensor, tau: float, k: int, limit: int):
 
 
 def _cover_by_histogram(p: Tensor, y: Tensor, tau: float):
-    """The same at any K_t, for float32 rows: a histogram finds the bin of probabilities in which tau is reached, only that one is sorted."""
+    """The same at any K_t, for float32 rows p (n, V): the pairs (row, token) and rho_t (n,). Consumes p.
+
+    A histogram finds the bin of probabilities in which tau is reached; only that one is sorted.
+    """
     # the upper 16 bits of a non-negative float32 order it as the float does, 128 bins for each power of two
     highest = 0x3F80  # the bin of p = 1
     bins = (p.view(torch.int32) >> 16).long()
@@ -318,71 +346,22 @@ def _cover_by_histogram(p: Tensor, y: Tensor, tau: float):
     return *S.nonzero(as_tuple=True), p.masked_fill_(S, 0).sum(1).float().clamp(max=1)
 
 
-def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:
-    """The probability outside each recorded subset, under any model's logits: what the replay loss does not see.
+# --------------------------------------------------------------------------------------------- fast paths: the logits
 
-        rho_t = sum of softmax(z_t)_j over j not in S_t
+SAMPLED_ON = ("cpu", "cuda")  # the devices on which torch has sampled_addmm
 
-    logits: (..., V), finite. Returns (N,), float64 for float64 logits, else float32; 0 for an empty (ignored) row.
-    Differentiable. L_full - L_S = -log(1 - rho_t), and no gradient of L_S holds rho_t down (THEORY.md R2, R7): watch it.
-    Raises ValueError if logits are not finite or disagree with the record on N or V.
-
-    >>> record = record_topk(torch.zeros(1, 4), torch.tensor([0]), tau=0.5)
-    >>> outside_mass(torch.tensor([[0.0, 0.0, 0.0, 100.0]]), record)     # the model moved: all mass is outside now
-    tensor([1.])
-    """
-    flat = _flat_logits(logits)
-    _check_fit("logits", *flat.shape, record)
-    p = flat.softmax(1, dtype=_wide_dtype(flat))
-    inside = (record.rows, record.token_ids.long())
-    return p.index_put(inside, p.new_zeros(())).sum(1).clamp(max=1) * (record.subset_sizes > 0)
+with warnings.catch_warnings():  # torch warns once that CSR tensors are in beta: here that is known
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
 
-def _replay_nll(z: Tensor, target: Tensor, record: ReplayRecord, ignore_index: int, reduction: str) -> Tensor:
-    """-log(exp z_y / sum over S_t of exp z_j) from z (nnz,), the logits of the recorded tokens, row after row."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    shape, target = target.shape, _flat_target(target, record.vocab_size, ignore_index)
-    rows, zeros = record.rows, z.new_zeros(len(record))
-    counted, is_gold = target != ignore_index, record.token_ids == target[rows]
-    has_gold = zeros.index_add(0, rows, is_gold.to(z.dtype)) > 0
-    _require(has_gold | ~counted, "target must be in its recorded row: is this the record of this batch?")
-    z_gold = zeros.index_add(0, rows, z.where(is_gold, 0))
-    # L_t = (max - z_y) + log(sum over S_t of exp(z_j - max)); the maximum, a constant, keeps exp from overflowing
-    z_max = zeros.scatter_reduce(0, rows, z.detach(), "amax", include_self=False)
-    total = zeros.index_add(0, rows, (z - z_max[rows]).exp())
-    nll = torch.where(counted, (z_max - z_gold) + total.where(counted, 1).log(), 0)
-    if reduction == "none":
-        return nll.reshape(shape)
-    return nll.sum() / counted.sum() if reduction == "mean" else nll.sum()
-
-
-def replay_cross_entropy(logits: Tensor, target: Tensor, record: ReplayRecord, *,
-                         ignore_index=-100, reduction="mean") -> Tensor:
-    """Stage 1: cross-entropy under the softmax renormalized to the recorded subset, from dense logits.
-
-        L_t = -log( exp z_y / sum over j in S_t of exp z_j )
-
-    Mirrors `F.cross_entropy`: logits (..., V), target (...), "mean" divides by the number of targets that are not
-    ignored; the result is float32 (float64 for float64 logits), in nats, shaped like target for "none". With S_t = all V
-    it is `F.cross_entropy`; always L_t <= L_full (THEORY.md R2). The gradient is exactly zero outside S_t (R3).
-    Raises ValueError for non-finite logits, a target outside [0, V) or not in its recorded row, N or V that disagree.
-    Source: arXiv:2510.09152, abstract (Stage 1, "exact renormalized losses").
-
-    >>> logits, target = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
-    >>> record = record_topk(logits, target, tau=0.9)                    # keeps tokens 0 and 1
-    >>> replay_cross_entropy(logits, target, record)                     # log(1 + exp(-1))
-    tensor(0.3133)
-    """
-    _check_shapes("logits", logits.shape[:-1], target)
-    flat = _flat_logits(logits)
-    _check_fit("logits", *flat.shape, record)
-    z = flat[record.rows, record.token_ids.long()].to(_wide_dtype(flat))
-    return _replay_nll(z, target, record, ignore_index, reduction)
+def _gathered_logits(h: Tensor, W: Tensor, rows: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
+    """z (nnz,) by gathering: (nnz, d) memory, but any device, any dtype, any order of derivative."""
+    return (h[rows] * W[ids]).sum(1)
 
 
 class _SampledLogits(torch.autograd.Function):
-    """z = (h W')[t, j] for j in S_t: nnz d multiplications, forward and backward, and no (N, V) tensor.
+    """The same by `sampled_addmm`: nnz d multiplications, forward and backward, and no (N, V) tensor.
 
     `sampled_addmm` has its own backward; this one does the same two products without its copies, in half the time.
     """
@@ -398,7 +377,8 @@ class _SampledLogits(torch.autograd.Function):
         h, W, rows, offsets, ids = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted: differentiate the plain formula
             wanted = [x for x, needed in zip((h, W), ctx.needs_input_grad) if needed]
-            grads = iter(torch.autograd.grad(_gathered_logits(h, W, rows, ids), wanted, grad_z, create_graph=True))
+            z = _gathered_logits(h, W, rows, offsets, ids)
+            grads = iter(torch.autograd.grad(z, wanted, grad_z, create_graph=True))
             return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:2]), None, None, None
         G = torch.sparse_csr_tensor(offsets, ids, grad_z.contiguous(), (len(h), len(W)), check_invariants=False)
         # dL/dh = G W,   dL/dW = G' h,   with G the (N, V) sparse matrix of dL/dz
@@ -407,44 +387,162 @@ class _SampledLogits(torch.autograd.Function):
         return grad_h, grad_W, None, None, None
 
 
-def _gathered_logits(h: Tensor, W: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
-    """The same z by gathering: (nnz, d) memory, but any device, any dtype, any order of derivative."""
-    return (h[rows] * W[ids]).sum(1)
+# ------------------------------------------------------------------------------------------------------------- checks
 
+def _require(*rules) -> None:
+    """Raise ValueError for the first broken rule (ok, message), naming the first row t where ok[t] is false.
 
-def linear_replay_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, record: ReplayRecord, *,
-                                linear_bias=None, ignore_index=-100, reduction="mean") -> Tensor:
-    """Stage 1, fast: `replay_cross_entropy` of logits = input @ linear_weight.T + linear_bias, never formed.
-
-        z_tj = <input_t, weight_j> + bias_j for j in S_t only;   L_t = -log( exp z_ty / sum over j in S_t of exp z_tj )
-
-    Mirrors `F.linear_cross_entropy`: input (..., d), linear_weight (V, d), target (...), linear_bias (V,) or None.
-    O(nnz d) operations instead of O(N V d) (THEORY.md R8). float16 and bfloat16 are accumulated, and the loss
-    returned, in float32. Uses `torch.sparse.sampled_addmm` on CPU and CUDA, which have it, and gathers rows elsewhere.
-    Raises ValueError as `replay_cross_entropy` does.
-    Source: arXiv:2510.09152, abstract ("avoiding full softmax computation").
-
-    >>> h, W, y = torch.randn(5, 8), torch.randn(100, 8), torch.arange(5)
-    >>> record = record_topk(h @ W.T, y, tau=0.9)
-    >>> loss = linear_replay_cross_entropy(h, W, y, record)
-    >>> torch.allclose(loss, replay_cross_entropy(h @ W.T, y, record))
-    True
+    Waits for the device once, however many rules there are.
     """
+    if torch.stack([ok.all() for ok, _ in rules]).all():
+        return
+    ok, message = next((ok, message) for ok, message in rules if not ok.all())
+    raise ValueError(f"{message} (row {int((~ok).nonzero()[0])})")
+
+
+def _check_tau(tau: float) -> None:
+    if not 0 < tau <= 1:
+        raise ValueError(f"tau must lie in (0, 1], got {tau}")
+
+
+def _check_vocab_size(vocab_size: int) -> None:
+    if not 0 < vocab_size < 2**31:
+        raise ValueError(f"vocab_size must lie in [1, 2**31), got {vocab_size}")
+
+
+def _ascending(ids: Tensor) -> Tensor:
+    """(n,) bool: is the entry larger than the one before it? True for the first."""
+    return torch.cat([ids.new_ones(min(len(ids), 1), dtype=torch.bool), ids[1:] > ids[:-1]])
+
+
+def _check_record(record: ReplayRecord) -> None:
+    for name, dtype in DTYPES.items():
+        x = getattr(record, name)
+        if x.dtype != dtype or x.dim() != 1:
+            raise ValueError(f"{name} must be one-dimensional {dtype}, got {x.dtype} of shape {tuple(x.shape)}")
+    _check_tau(record.tau)
+    _check_vocab_size(record.vocab_size)
+    ids, offsets, rho = record.token_ids, record.offsets, record.outside_mass
+    if len(offsets) != len(rho) + 1 or offsets[0] != 0 or offsets[-1] != len(ids):
+        raise ValueError(f"offsets must hold {len(rho) + 1} entries from 0 to {len(ids)}")
+    _require((offsets.diff() >= 0, "offsets must never decrease"),
+             ((rho >= 0) & (rho <= 1), "outside_mass must lie in [0, 1]"))
+    if len(ids) and not 0 <= int(ids.amin()) <= int(ids.amax()) < record.vocab_size:
+        raise ValueError(f"token_ids must lie in [0, {record.vocab_size})")
+    ascending = torch.cat([_ascending(ids), ids.new_ones(1, dtype=torch.bool)])
+    ascending[offsets] = True  # the order starts anew where a row does
+    if not ascending.all():
+        row = int(torch.searchsorted(offsets, (~ascending).nonzero()[0], right=True)) - 1
+        raise ValueError(f"token_ids must be ascending without duplicates (row {row})")
+
+
+def _check_positions(positions, record: ReplayRecord) -> Tensor:
+    positions = torch.as_tensor(positions, device=record.offsets.device).flatten()
+    if len(positions) and (positions.is_floating_point() or positions.dtype == torch.bool):
+        raise ValueError(f"positions must be integers, got {positions.dtype}")
+    positions = positions.long()
+    _require(((positions >= 0) & (positions < len(record)), f"positions must lie in [0, {len(record)})"))
+    return positions
+
+
+def _check_stage0(logits: Tensor, target: Tensor, tau: float, max_size, ignore_index: int):
+    """Logits (N, V) and target (N,), flattened and checked."""
+    _check_tau(tau)
+    if max_size is not None and max_size < 1:
+        raise ValueError(f"max_size must be at least 1, got {max_size}")
+    _check_shapes("logits", logits.shape[:-1], target)
+    logits = _flat_logits(logits)
+    return logits, _flat_target(target, logits.shape[1], ignore_index)
+
+
+def _flat_target(target: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
+    """(N,) int64; ValueError for an entry that is neither a token nor ignore_index."""
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise ValueError(f"target must hold integers, got {target.dtype}")
+    target = target.flatten().long()
+    _require(((target == ignore_index) | ((target >= 0) & (target < vocab_size)),
+              f"target must lie in [0, {vocab_size}) or be ignore_index={ignore_index}"))
+    return target
+
+
+def _flat_logits(logits: Tensor) -> Tensor:
+    """(N, V); ValueError for a row that is not finite."""
+    if not logits.is_floating_point() or logits.dim() == 0:
+        raise ValueError(f"logits must be floating point of shape (..., V), got {logits.dtype} {tuple(logits.shape)}")
+    logits = logits.reshape(-1, logits.shape[-1])
+    ok = logits.detach().sum(1).isfinite()  # fast; but finite terms can have an infinite sum, so look closer there
+    _require((ok.index_put((~ok,), logits[~ok].isfinite().all(1)), "logits must be finite"))
+    return logits
+
+
+def _check_finite(z: Tensor, rows: Tensor) -> None:
+    """ValueError for a position of which a computed logit, z (nnz,), is not finite."""
+    finite = z.detach().isfinite()
+    if not finite.all():
+        raise ValueError(f"input @ linear_weight.T + linear_bias must be finite (row {int(rows[~finite][0])})")
+
+
+def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias, target: Tensor) -> None:
     _check_shapes("input", input.shape[:-1], target)
     if linear_weight.dim() != 2 or input.shape[-1:] != linear_weight.shape[1:]:
         raise ValueError(f"linear_weight must have shape (V, {input.shape[-1]}), got {tuple(linear_weight.shape)}")
     if linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]:
         raise ValueError(f"linear_bias must have shape ({len(linear_weight)},), got {tuple(linear_bias.shape)}")
-    dtype, rows, ids = _wide_dtype(input, linear_weight), record.rows, record.token_ids
-    h, W = input.reshape(-1, input.shape[-1]).to(dtype), linear_weight.to(dtype)
-    _check_fit("input @ linear_weight.T", len(h), len(W), record)
-    if h.device.type in SAMPLED_ON:
-        z = _SampledLogits.apply(h, W, rows, record.offsets.int(), ids)
-    else:
-        z = _gathered_logits(h, W, rows, ids)
-    if linear_bias is not None:
-        z = z + linear_bias[ids]
-    finite = z.detach().isfinite()
-    if not finite.all():
-        raise ValueError(f"input @ linear_weight.T + linear_bias must be finite (row {int(rows[~finite][0])})")
-    return _replay_nll(z, target, record, ignore_index, reduction)
+
+
+def _check_fit(name: str, N: int, V: int, record: ReplayRecord) -> None:
+    if (N, V) != (len(record), record.vocab_size):
+        raise ValueError(f"{name} of N = {N} positions and V = {V} tokens does not fit the record "
+                         f"of N = {len(record)} and V = {record.vocab_size}")
+
+
+def _check_shapes(name: str, leading, target: Tensor) -> None:
+    if tuple(leading) != tuple(target.shape):
+        raise ValueError(f"{name} of leading shape {tuple(leading)} does not fit target of shape {tuple(target.shape)}")
+
+
+# ------------------------------------------------------------------------------------------------ joining and the file
+
+DTYPES = {"token_ids": torch.int32, "offsets": torch.int64, "outside_mass": torch.float32}
+
+
+def _concat(records: list) -> ReplayRecord:
+    if not records:
+        raise ValueError("records must hold at least one record")
+    first = records[0]
+    for i, record in enumerate(records):
+        if (record.vocab_size, record.tau) != (first.vocab_size, first.tau):
+            raise ValueError(f"records[{i}] has vocab_size {record.vocab_size} and tau {record.tau}, "
+                             f"records[0] has {first.vocab_size} and {first.tau}")
+    token_ids, sizes, outside_mass = (torch.cat([getattr(r, name) for r in records])
+                                      for name in ("token_ids", "subset_sizes", "outside_mass"))
+    return ReplayRecord(token_ids, _offsets(sizes), outside_mass, first.vocab_size, first.tau)
+
+
+def _save(record: ReplayRecord, path) -> None:
+    temporary = f"{os.fsdecode(path)}.{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, vocab_size=record.vocab_size, tau=record.tau,
+                     **{name: getattr(record, name).numpy(force=True) for name in DTYPES})
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _load(path) -> ReplayRecord:
+    with open(path, "rb") as file:
+        try:
+            arrays = {}
+            with zipfile.ZipFile(file) as archive:
+                for field in fields(ReplayRecord):
+                    # zipfile compares the CRC at a member's end; a damaged header that stops earlier breaks a rule
+                    with archive.open(field.name + ".npy") as member:
+                        arrays[field.name] = np.lib.format.read_array(member, allow_pickle=False)
+            tensors = {name: torch.from_numpy(arrays[name]) for name in DTYPES}
+            return ReplayRecord(**tensors, vocab_size=int(arrays["vocab_size"]), tau=float(arrays["tau"]))
+        except Exception as error:  # zipfile and numpy raise a dozen types on damaged input
+            raise ValueError(f"{path} is not a complete, undamaged record: {error}") from error
