@@ -1,0 +1,143 @@
+"""Figures, as SVG for light and for dark pages:
+
+    python experiments/figures.py [names]     # without names all of them; needs matplotlib (pip install matplotlib)
+
+writes experiments/figures/NAME.svg for the names of FIGURES, at the end of this file. The same data give the same file.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from moclip import MoClip, clip_angle  # noqa: E402  (the repository root must be on the path first)
+
+FOLDER = ROOT / "experiments/figures"
+WIDTH = 525 / 72  # inches: 525 pt are the 700 px at which a page shows it, so that sizes in pt are what the reader sees
+# Backgrounds are transparent. Contrast with white and with GitHub's dark page (#0d1117): grey 4.35 with either, the
+# colours at least 3.3 (WCAG 2.2 asks for 3, of lines and large letters).
+GREY, BLUE, ORANGE, GREEN, RED = "#797979", "#2f81f7", "#d9700a", "#2b9348", "#e5484d"
+STYLE = {
+    "svg.hashsalt": "moclip", "path.simplify_threshold": 0.3, "savefig.transparent": True, "legend.frameon": False,
+    "figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False,
+    "grid.color": GREY, "grid.alpha": 0.3, "text.color": GREY,
+    "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
+    "font.size": 10, "axes.titlesize": 10, "legend.fontsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9}
+
+
+def rotation(plt):
+    """What `clip_angle` does, in the plane of g and m: three cases of theta beside a cap of 60 degrees."""
+    cap = math.radians(60)
+    m = torch.tensor([0.75, 0.0], dtype=torch.float64)
+    figure, panels = plt.subplots(1, 3, figsize=(WIDTH, 2.9))
+
+    def arrow(axes, end, color, label, offset):
+        axes.annotate("", end, (0, 0), arrowprops=dict(arrowstyle="-|>", color=color, lw=2, shrinkA=0, shrinkB=0))
+        axes.annotate(label, end, offset, textcoords="offset points", color=color, ha="center", va="center", size=12)
+
+    def arc(axes, radius, start, end, **options):
+        turn = torch.linspace(start, end, 91)
+        axes.plot(radius * turn.cos(), radius * turn.sin(), **options)
+
+    def theta_arc(axes, theta):
+        arc(axes, 0.24, 0, theta, color=GREY, lw=1)
+        axes.annotate("$\\theta$", (0.24 * math.cos(0.85 * theta), 0.24 * math.sin(0.85 * theta)), (-3, 8),
+                      textcoords="offset points", ha="center", va="center", fontsize=12)
+
+    for axes, title in zip(panels, ("$\\theta > \\Delta$: rotated to the cap", "$\\theta \\leq \\Delta$: passes",
+                                    "$\\theta = \\pi$: no plane")):
+        cone = torch.linspace(-cap, cap, 61)
+        axes.fill([0, *cone.cos()], [0, *cone.sin()], color=GREEN, alpha=0.18, lw=0)
+        arrow(axes, m.tolist(), BLUE, "$m$", (3, -9))
+        axes.text(0, 1.33, title, ha="center", va="bottom")
+        axes.set(aspect="equal", xlim=(-1.1, 1.1), ylim=(-1.15, 1.5))
+        axes.axis("off")
+
+    theta = math.radians(118)
+    g = torch.tensor([math.cos(theta), math.sin(theta)], dtype=torch.float64)
+    arrow(panels[0], g.tolist(), ORANGE, "$g$", (-6, 6))
+    arrow(panels[0], clip_angle(g, m, cap).tolist(), RED, "$\\tilde g$", (8, 5))
+    theta_arc(panels[0], theta)
+    arc(panels[0], 0.42, 0, cap, color=GREEN, lw=1.5)
+    panels[0].text(0.47, 0.2, "$\\Delta$", color=GREEN, ha="left", va="center", fontsize=12)
+    arc(panels[0], 1, cap + 0.06, theta - 0.06, color=GREY, lw=1, ls=(0, (4, 3)))
+    panels[0].text(0.02, 1.05, "$|\\tilde g| = |g|$", ha="center", va="bottom")
+
+    theta = math.radians(38)
+    g = torch.tensor([math.cos(theta), math.sin(theta)], dtype=torch.float64)
+    arrow(panels[1], clip_angle(g, m, cap).tolist(), ORANGE, "$\\tilde g = g$", (2, 9))
+    theta_arc(panels[1], theta)
+
+    arrow(panels[2], clip_angle(-m / m.norm(), m, cap).tolist(), ORANGE, "$\\tilde g = g$", (14, 10))
+    panels[2].text(0, -1.12, "$m$ restarts at 0", ha="center", va="bottom")
+    return figure
+
+
+def path(max_angle, steps=2500, lr=0.01, betas=(0.9, 0.99)):
+    """(steps + 1, 2) iterates of MoClip on f = |w|^2 / 2 from (1, 0.4), in units of lr. As in THEORY.md, M7."""
+    w = torch.nn.Parameter(torch.tensor([1.0, 0.4], dtype=torch.float64))
+    optimizer, points = MoClip([w], lr=lr, betas=betas, max_angle=max_angle), [w.detach().clone()]
+    for _ in range(steps):
+        w.grad = w.detach().clone()  # the gradient of f
+        optimizer.step()
+        points.append(w.detach().clone())
+    return torch.stack(points) / lr
+
+
+def orbits(plt):
+    """THEORY.md, M7: below 90 degrees the iterates end on a wide circle around the minimum, at 90 within lr of it."""
+    figure, panels = plt.subplots(2, 4, figsize=(WIDTH, 4.15))
+    for degrees, (whole, end) in zip((15, 45, 80, 90), panels.T):
+        points = path(math.radians(degrees))
+        last = points[-500:]
+        radius = last.norm(dim=1).mean().item()
+        whole.plot(*points.T, color=BLUE, lw=0.8)
+        whole.plot(*points[0], "o", color=ORANGE, ms=5)
+        whole.set(title=f"cap {degrees}°", xlim=(-120, 120), ylim=(-120, 120))
+        whole.set(xticks=(-100, 0, 100), yticks=(-100, 0, 100))
+        end.plot(*last.T, color=BLUE, lw=0.8)
+        turn = torch.linspace(0, 2 * math.pi, 181)
+        end.plot(turn.cos(), turn.sin(), color=ORANGE, lw=1.5)
+        limit = 1.35 * max(1.0, last.norm(dim=1).max().item())  # a scale of its own
+        tick = {15: 40, 45: 10, 80: 2, 90: 1}[degrees]
+        end.set(title=f"radius {radius:.2g} lr", xlim=(-limit, limit), ylim=(-limit, limit))
+        end.set(xticks=(-tick, 0, tick), yticks=(-tick, 0, tick))
+        for axes in (whole, end):
+            axes.set_aspect("equal")
+            axes.plot(0, 0, "+", color=GREY, ms=6)
+    panels[0, 0].set_ylabel("2500 steps")
+    panels[1, 0].set_ylabel("the last 500")
+    figure.supxlabel("both coordinates in units of lr; dot: start; cross: minimum; orange circle: radius lr", size=10)
+    return figure
+
+
+FIGURES = {"rotation": rotation, "orbits": orbits}
+"""name -> function(pyplot) -> figure."""
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw the figures as SVG.")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(FIGURES)}; default: all")
+    names = parser.parse_args().names or list(FIGURES)
+    if unknown := [name for name in names if name not in FIGURES]:
+        parser.error(f"no figure {unknown[0]!r}; there are {', '.join(FIGURES)}")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SystemExit("the figures need matplotlib: pip install matplotlib") from error
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+    plt.rcParams.update(STYLE)
+    FOLDER.mkdir(exist_ok=True)
+    for name in names:
+        # no date and no version in the file: it changes only where the figure does
+        FIGURES[name](plt).savefig(FOLDER / f"{name}.svg", metadata={"Date": None, "Creator": None})
+        print(f"experiments/figures/{name}.svg")
+
+
+if __name__ == "__main__":
+    main()
