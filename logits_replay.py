@@ -2,8 +2,8 @@
 
 The two stages of *Logits Replay + MoClip* (Qiu, Li, Zhou, Huang, Qiu, Sun; arXiv:2510.09152): "In Stage 0, we record
 dynamic Top-K token subsets that cover a probability threshold, always including the gold label. In Stage 1, we replay
-these compact subsets to compute exact renormalized losses, avoiding full softmax".
-What is guaranteed is proved in THEORY.md (R1 to R8); choices of ours are in README.md.
+these compact subsets to compute exact renormalized losses, avoiding full softmax". And a `Tail`, this project's own,
+which keeps one Stage 0 good. What is guaranteed is proved in THEORY.md (R1 to R12); choices of ours are in README.md.
 
     symbol   code           meaning
     N                       token positions: a batch of sequences, flattened row-major
@@ -16,6 +16,7 @@ What is guaranteed is proved in THEORY.md (R1 to R8); choices of ours are in REA
     S_t      token_ids      row t of the record: the top-K_t tokens, plus y_t
     rho_t    outside_mass   probability outside S_t
     nnz                     sum over t of |S_t|
+    R, w     tail           tokens that every position scores beside its S_t, and their weights;  M = |R|
 
 One row, tau = 0.8, the gold token marked by a star:
 
@@ -45,6 +46,7 @@ import os
 import warnings
 import zipfile
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -151,44 +153,49 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
 
 # ------------------------------------------------------------------------------------------------------------- Stage 1
 
-def replay_cross_entropy(logits: Tensor, target: Tensor, record: ReplayRecord, *,
+def replay_cross_entropy(logits: Tensor, target: Tensor, record: ReplayRecord, *, tail=None,
                          ignore_index=-100, reduction="mean") -> Tensor:
     """Stage 1: cross-entropy under the softmax renormalized to the recorded subset, from dense logits.
 
-        L_t = log( sum over j in S_t of exp z_j ) - z_y
+        L_t = log( sum over j in S_t of exp z_j ) - z_y                                      the paper's: tail=None
+        L_t = log( sum over j in S_t of exp z_j + sum over j in R, not in S_t, of w_j exp z_j ) - z_y
 
     Mirrors `F.cross_entropy`: logits (..., V), target (...), "mean" divides by the number of targets that are not
-    ignored; the result is float32 (float64 for float64 logits), in nats, shaped like target for "none". It
+    ignored; the result is float32 (float64 for float64 logits), in nats, shaped like target for "none". Without a tail it
     never exceeds `F.cross_entropy` (THEORY.md R2), and its gradient is exactly zero outside S_t (R3): nothing holds the
-    outside mass down (R7).
-    Raises ValueError for non-finite logits, a target outside [0, V) or not in its recorded row, N or V that disagree.
-    Source: arXiv:2510.09152, abstract (Stage 1, "exact renormalized losses").
+    outside mass down (R7). With a `Tail`, see `sample_tail`, something does (R9).
+    Raises ValueError for non-finite logits, a target outside [0, V) or not in its recorded row, N or V that disagree,
+    a tail whose ids leave [0, V) or do not ascend, whose weights are not finite, or that is on another device.
+    Source: arXiv:2510.09152, abstract (Stage 1, "exact renormalized losses"); the tail is this project's.
 
     >>> logits, target = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
     >>> record = record_topk(logits, target, tau=0.9)                    # keeps tokens 0 and 1
     >>> replay_cross_entropy(logits, target, record)                     # log(1 + exp(-1))
     tensor(0.3133)
+    >>> replay_cross_entropy(logits, target, record, tail=Tail(torch.tensor([2]), torch.tensor([0.0])))  # + exp(-2)
+    tensor(0.4076)
     """
     _check_shapes("logits", logits.shape[:-1], target)
     flat = _flat_logits(logits)
     _check_fit("logits", *flat.shape, record)
-    y, dtype = _flat_target(target, record.vocab_size, ignore_index), _wide_dtype(flat)
+    y, dtype = _flat_target(target, record.vocab_size, ignore_index, tail), _wide_dtype(flat)
     z = flat[record.rows, record.token_ids.long()].to(dtype)
-    return _reduce(_nll(z, y, record, ignore_index), y != ignore_index, target.shape, reduction)
+    z_tail = None if tail is None else flat[:, tail.token_ids].to(dtype)
+    return _reduce(_nll(z, z_tail, y, record, tail, ignore_index), y != ignore_index, target.shape, reduction)
 
 
 def linear_replay_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, record: ReplayRecord, *,
-                                linear_bias=None, ignore_index=-100, reduction="mean") -> Tensor:
+                                linear_bias=None, tail=None, ignore_index=-100, reduction="mean") -> Tensor:
     """Stage 1, fast: `replay_cross_entropy` of logits = input @ linear_weight.T + linear_bias, never formed.
 
-        z_tj = <input_t, weight_j> + bias_j   for j in S_t only
+        z_tj = <input_t, weight_j> + bias_j,   for j in S_t, and for j in R where there is a tail
 
     Mirrors `F.linear_cross_entropy`: input (..., d), linear_weight (V, d), target (...), linear_bias (V,) or None.
-    O(nnz d) operations instead of O(N V d) (THEORY.md R8).
+    O(nnz d) operations instead of O(N V d) (THEORY.md R8), and O(N M d) for a tail: one dense product for all rows.
     float16 and bfloat16 are accumulated, and the loss returned, in float32, under autocast too. Uses
     `torch.sparse.sampled_addmm` on CPU and CUDA, which have it, and gathers rows elsewhere.
     Raises ValueError as `replay_cross_entropy` does.
-    Source: arXiv:2510.09152, abstract ("avoiding full softmax computation").
+    Source: arXiv:2510.09152, abstract ("avoiding full softmax computation"); the tail is this project's.
 
     >>> h, W, y = torch.randn(5, 8), torch.randn(100, 8), torch.arange(5)
     >>> record = record_topk(h @ W.T, y, tau=0.9)
@@ -200,31 +207,86 @@ def linear_replay_cross_entropy(input: Tensor, linear_weight: Tensor, target: Te
     dtype, rows, ids = _wide_dtype(input, linear_weight), record.rows, record.token_ids
     h, W = input.reshape(-1, input.shape[-1]).to(dtype), linear_weight.to(dtype)
     _check_fit("input @ linear_weight.T", len(h), len(W), record)
-    y = _flat_target(target, record.vocab_size, ignore_index)
-    # z (nnz,) = (h[rows] * W[ids]).sum(1)
+    y = _flat_target(target, record.vocab_size, ignore_index, tail)
+    if tail is not None:  # an ignored row may hold anything, even nan: the product of all rows must not spread it
+        h = h.masked_fill((y == ignore_index)[:, None], 0)
+    # z (nnz,) = (h[rows] * W[ids]).sum(1),   z_tail (N, M) = h @ W[R].T or None
     logits_of = _SampledLogits.apply if h.device.type in SAMPLED_ON else _gathered_logits
-    z = logits_of(h, W, rows, record.offsets.int(), ids)
+    z, z_tail = logits_of(h, W, rows, record.offsets.int(), ids, None if tail is None else tail.token_ids)
     if linear_bias is not None:
         z = z + linear_bias[ids]
-    _check_finite(z, rows)
-    return _reduce(_nll(z, y, record, ignore_index), y != ignore_index, target.shape, reduction)
+        z_tail = None if tail is None else z_tail + linear_bias[tail.token_ids]
+    _check_finite(z, z_tail, rows)
+    return _reduce(_nll(z, z_tail, y, record, tail, ignore_index), y != ignore_index, target.shape, reduction)
 
 
-def _nll(z: Tensor, y: Tensor, record: ReplayRecord, ignore_index: int) -> Tensor:
-    """L_t (N,) from z (nnz,), the logits of the recorded tokens, row after row."""
+def _nll(z: Tensor, z_tail, y: Tensor, record: ReplayRecord, tail, ignore_index: int) -> Tensor:
+    """L_t (N,) from z (nnz,), the logits of the recorded tokens, and z_tail (N, M), the tail's. Consumes z_tail."""
     rows, zeros = record.rows, z.new_zeros(len(record))
     counted, is_gold = y != ignore_index, record.token_ids == y[rows]
     has_gold = zeros.index_add(0, rows, is_gold.to(z.dtype)) > 0
     _require((has_gold | ~counted, "target must be in its recorded row: is this the record of this batch?"))
     z_gold = zeros.index_add(0, rows, z.where(is_gold, 0))
     z_max = zeros.scatter_reduce(0, rows, z.detach(), "amax", include_self=False)
+    with_tail = z_tail is not None and z_tail.numel()
+    if with_tail:
+        # w_j exp z_j = exp(z_j + log w_j); a token of both R and S_t counts once, in S_t
+        z_tail = z_tail.add_(tail.log_weight).masked_fill_(_in_subset(tail.token_ids, record), -math.inf)
+        z_max = z_max.maximum(z_tail.detach().amax(1))
     # L_t = (max - z_y) + log(sum of exp(z_j - max)); the maximum, a constant, keeps exp from overflowing
     total = zeros.index_add(0, rows, (z - z_max[rows]).exp())
+    if with_tail:
+        total = total + z_tail.sub_(z_max[:, None]).exp_().sum(1)
     return torch.where(counted, (z_max - z_gold) + total.where(counted, 1).log(), 0)
 
 
+# -------------------------------------------------------------------------- the tail: a sample of what S_t leaves out
+
+class Tail(NamedTuple):
+    """Tokens R that every position scores beside its recorded ones, each with weight w = 1 / inclusion probability.
+
+    token_ids   (M,) int64          ascending, no duplicates, in [0, V)
+    log_weight  (M,) floating point log w_j
+    """
+
+    token_ids: Tensor
+    log_weight: Tensor
+
+
+def sample_tail(target: Tensor, vocab_size: int, size: int, *, ignore_index=-100, generator=None) -> Tail:
+    """A random tail for one batch: its distinct gold tokens, surely, and `size` of the M0 others, uniformly.
+
+        w_j = 1 for a gold token,   w_j = M0 / size for each of the `size` drawn,   M0 = V - number of distinct golds
+
+    Then the sum of w_j exp z_j over R without S_t is an unbiased estimate of the sum of exp z_j over all that S_t
+    leaves out (Horvitz and Thompson 1952; THEORY.md R9). The golds are sure because shared parameters push just them
+    up at other positions: what is heavy must not be left to chance. Draw a new tail every step.
+
+    target: (...), integers in [0, V) or ignore_index.   vocab_size: V.   generator: a torch.Generator, on any device.
+    size: >= 0. M0 or more takes all of them with weight 1 (the loss is `F.cross_entropy`), 0 takes the golds only.
+    Returns a `Tail` on the device of the target. Raises ValueError for a bad target, vocab_size or size.
+    Source: this project, in the spirit of sampled softmax (Bengio and Senecal 2003; Jean et al. 2015) and of
+    importance-sampled logits (arXiv:2503.16870).
+
+    >>> tail = sample_tail(torch.tensor([5, 2, 5, -100]), vocab_size=10, size=4)
+    >>> len(tail.token_ids), tail.log_weight.exp().sum().round()          # 2 of weight 1 and 4 of weight 8 / 4
+    (6, tensor(10.))
+    """
+    if size < 0:
+        raise ValueError(f"size must be at least 0, got {size}")
+    _check_vocab_size(vocab_size)
+    target = _flat_target(target, vocab_size, ignore_index)
+    is_gold = torch.zeros(vocab_size, dtype=torch.bool, device=target.device)
+    is_gold[target[target != ignore_index]] = True
+    others, device = (~is_gold).nonzero()[:, 0], target.device if generator is None else generator.device
+    drawn = others[torch.randperm(len(others), generator=generator, device=device)[:size].to(target.device)]
+    token_ids = torch.cat([is_gold.nonzero()[:, 0], drawn]).sort().values
+    log_weight = math.log(len(others) / max(len(drawn), 1)) if len(others) else 0.0
+    return Tail(token_ids, torch.where(is_gold[token_ids], 0.0, log_weight).float())
+
+
 def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:
-    """The probability outside each recorded subset, under any model's logits: what the replay loss does not see.
+    """The probability outside each recorded subset, under any model's logits: what the paper's loss does not see.
 
         rho_t = sum of softmax(z_t)_j over j not in S_t
 
@@ -355,36 +417,54 @@ with warnings.catch_warnings():  # torch warns once that CSR tensors are in beta
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
 
-def _gathered_logits(h: Tensor, W: Tensor, rows: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
-    """z (nnz,) by gathering: (nnz, d) memory, but any device, any dtype, any order of derivative."""
-    return (h[rows] * W[ids]).sum(1)
+def _gathered_logits(h: Tensor, W: Tensor, rows: Tensor, offsets: Tensor, ids: Tensor, tail_ids):
+    """z (nnz,) and z_tail (N, M) by gathering: (nnz, d) memory, but any device, any dtype, any order of derivative."""
+    with torch.autocast(h.device.type, enabled=False):
+        return (h[rows] * W[ids]).sum(1), None if tail_ids is None else h @ W[tail_ids].t()
 
 
 class _SampledLogits(torch.autograd.Function):
-    """The same by `sampled_addmm`: nnz d multiplications, forward and backward, and no (N, V) tensor.
+    """The same by `sampled_addmm`: nnz d multiplications, forward and backward, beside the tail's N M d.
 
-    `sampled_addmm` has its own backward; this one does the same two products without its copies, in half the time.
+    `sampled_addmm` has its own backward; this one does the same two products without its copies, in half the time, and
+    adds the tail's part of dL/dW to theirs in place, where autograd would make a second dense (V, d) gradient.
     """
 
     @staticmethod
-    def forward(ctx, h, W, rows, offsets, ids):
-        ctx.save_for_backward(h, W, rows, offsets, ids)
+    def forward(ctx, h, W, rows, offsets, ids, tail_ids):
+        ctx.save_for_backward(h, W, rows, offsets, ids, tail_ids)
         pattern = torch.sparse_csr_tensor(offsets, ids, h.new_zeros(len(ids)), (len(h), len(W)), check_invariants=False)
-        return torch.sparse.sampled_addmm(pattern, h, W.t(), beta=0).values()
+        with torch.autocast(h.device.type, enabled=False):
+            z = torch.sparse.sampled_addmm(pattern, h, W.t(), beta=0).values()
+            return z, None if tail_ids is None else h @ W[tail_ids].t()
 
     @staticmethod
-    def backward(ctx, grad_z):
-        h, W, rows, offsets, ids = ctx.saved_tensors
+    def backward(ctx, *grads):
+        h, W, rows, offsets, ids, tail_ids = ctx.saved_tensors
+        grads = grads[:1] if tail_ids is None else grads
         if torch.is_grad_enabled():  # a second derivative is wanted: differentiate the plain formula
             wanted = [x for x, needed in zip((h, W), ctx.needs_input_grad) if needed]
-            z = _gathered_logits(h, W, rows, offsets, ids)
-            grads = iter(torch.autograd.grad(z, wanted, grad_z, create_graph=True))
-            return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:2]), None, None, None
-        G = torch.sparse_csr_tensor(offsets, ids, grad_z.contiguous(), (len(h), len(W)), check_invariants=False)
-        # dL/dh = G W,   dL/dW = G' h,   with G the (N, V) sparse matrix of dL/dz
+            logits = _gathered_logits(h, W, rows, offsets, ids, tail_ids)[:len(grads)]
+            found = iter(torch.autograd.grad(logits, wanted, grads, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None, None, None
+        G = torch.sparse_csr_tensor(offsets, ids, grads[0].contiguous(), (len(h), len(W)), check_invariants=False)
+        # dL/dh = G W,   dL/dW = G' h,   with G the (N, V) sparse matrix of dL/dz; and the same with dL/dz_tail
         grad_h = G @ W if ctx.needs_input_grad[0] else None
         grad_W = G.t() @ h if ctx.needs_input_grad[1] else None
-        return grad_h, grad_W, None, None, None
+        if tail_ids is not None and grad_h is not None:
+            grad_h.addmm_(grads[1], W[tail_ids])
+        if tail_ids is not None and grad_W is not None:
+            grad_W.index_add_(0, tail_ids, grads[1].t() @ h)
+        return grad_h, grad_W, None, None, None, None
+
+
+def _in_subset(token_ids: Tensor, record: ReplayRecord) -> Tensor:
+    """(N, M) bool: is token_ids[j], (M,) ascending, in row t of the record? Without waiting for the device."""
+    M, ids = len(token_ids), record.token_ids.long()
+    column = torch.searchsorted(token_ids, ids).clamp(max=M - 1)
+    found = torch.zeros(len(record), M + 1, dtype=torch.bool, device=ids.device)
+    found[record.rows, torch.where(token_ids[column] == ids, column, M)] = True  # column M: those that are not there
+    return found[:, :M]
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -455,14 +535,27 @@ def _check_stage0(logits: Tensor, target: Tensor, tau: float, max_size, ignore_i
     return logits, _flat_target(target, logits.shape[1], ignore_index)
 
 
-def _flat_target(target: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
-    """(N,) int64; ValueError for an entry that is neither a token nor ignore_index."""
+def _flat_target(target: Tensor, vocab_size: int, ignore_index: int, tail=None) -> Tensor:
+    """(N,) int64; ValueError for an entry that is neither a token nor ignore_index, and for a bad tail."""
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise ValueError(f"target must hold integers, got {target.dtype}")
     target = target.flatten().long()
     _require(((target == ignore_index) | ((target >= 0) & (target < vocab_size)),
-              f"target must lie in [0, {vocab_size}) or be ignore_index={ignore_index}"))
+              f"target must lie in [0, {vocab_size}) or be ignore_index={ignore_index}"),
+             *(() if tail is None else _tail_rules(tail, vocab_size, target.device)))
     return target
+
+
+def _tail_rules(tail: Tail, vocab_size: int, device) -> list:
+    ids, weight = tail
+    if ids.dtype != torch.int64 or ids.dim() != 1 or weight.shape != ids.shape or not weight.is_floating_point():
+        raise ValueError("tail must hold token_ids (M,) int64 and log_weight (M,) floating point, got "
+                         f"{ids.dtype} {tuple(ids.shape)} and {weight.dtype} {tuple(weight.shape)}")
+    if not ids.device == weight.device == device:
+        raise ValueError(f"tail must be on the target's device, {device}, got {ids.device} and {weight.device}")
+    return [((ids >= 0) & (ids < vocab_size), f"tail.token_ids must lie in [0, {vocab_size})"),
+            (_ascending(ids), "tail.token_ids must be ascending without duplicates"),
+            (weight.isfinite(), "tail.log_weight must be finite")]
 
 
 def _flat_logits(logits: Tensor) -> Tensor:
@@ -475,11 +568,13 @@ def _flat_logits(logits: Tensor) -> Tensor:
     return logits
 
 
-def _check_finite(z: Tensor, rows: Tensor) -> None:
-    """ValueError for a position of which a computed logit, z (nnz,), is not finite."""
-    finite = z.detach().isfinite()
-    if not finite.all():
-        raise ValueError(f"input @ linear_weight.T + linear_bias must be finite (row {int(rows[~finite][0])})")
+def _check_finite(z: Tensor, z_tail, rows: Tensor) -> None:
+    """ValueError for a position of which a computed logit, z (nnz,) or z_tail (N, M), is not finite."""
+    finite, tails = z.detach().isfinite(), z.new_zeros(1, 0) if z_tail is None else z_tail.detach()
+    if not (finite.all() & tails.sum(1).isfinite().all()):  # one wait; then, as above, look closer
+        bad = torch.cat([rows[~finite], (~tails.isfinite().all(1)).nonzero()[:, 0]])
+        if len(bad):
+            raise ValueError(f"input @ linear_weight.T + linear_bias must be finite (row {int(bad.min())})")
 
 
 def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias, target: Tensor) -> None:
