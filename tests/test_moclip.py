@@ -121,13 +121,13 @@ class Pair:
         self.optimizer = MoClip([dict(params=half, **option) for half, option in zip(halves, options)], max_angle=max_angle, scope=scope)
         order = [i for k in range(len(options)) for i in range(len(sizes))[k::len(options)]]
         self.order, self.scope, self.max_angle = order, scope, max_angle
-        self.plain = [dict(w=self.weights[i].tolist(), m=[0.0] * sizes[i], v=[0.0] * sizes[i], step=0, grad=None) for i in order]
-        self.options = [dict(o, beta1=o["betas"][0], beta2=o["betas"][1]) for k, o in enumerate(options) for _ in halves[k]]
+        self.plain = [dict(parameter=self.weights[i].tolist(), exp_avg=[0.0] * sizes[i], exp_avg_sq=[0.0] * sizes[i], step=0) for i in order]
+        self.options = [o for k, o in enumerate(options) for _ in halves[k]]
 
     def step(self, grads):
         for i, plain in zip(self.order, self.plain):
             self.weights[i].grad = None if grads[i] is None else torch.tensor(grads[i], dtype=torch.float64)
-            plain["grad"] = grads[i]
+            plain["gradient"] = grads[i]
         self.optimizer.step()
         reports = reference.moclip_step(self.plain, self.options, self.max_angle, self.scope)
         if reports:
@@ -136,7 +136,7 @@ class Pair:
             assert self.optimizer.last_clipped.reshape(-1).tolist() == list(clipped)
         for i, plain in zip(self.order, self.plain):
             # each step adds a few eps (of weights near 1, steps of 0.02); the rotation amplifies by 1/sin(theta) < 1e3 here
-            assert self.weights[i].tolist() == pytest.approx(plain["w"], abs=1e-11)
+            assert self.weights[i].tolist() == pytest.approx(plain["parameter"], abs=1e-11)
         return reports
 
 

@@ -1,31 +1,53 @@
 """Writes the golden vectors from tests/plain_reference.py alone: python tests/vectors/generate.py
 
-Gradients, logits and starting points are exact in float32, and every decision (is tau reached? is the angle above the
-cap?) is either exact or clear by more than MARGIN, so that float32 and float64 ports decide alike.
+Each file has a function that makes the inputs of its cases and one that computes what is expected of them. The first is a
+choice of numbers: exact in float32, and such that every decision (is tau reached? is the angle above the cap?) is either
+exact or clear by MARGIN, so that float32 and float64 ports decide alike. The second is what a port has to do.
 """
 
 import json
 import math
 import random
+import struct
 import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 
-import plain_reference as reference  # noqa: E402  (its folder is on the path only now)
+import plain_reference  # noqa: E402  (its folder is on the path only now)
 
 MARGIN = 1e-4
 DEGREE = math.pi / 180
+EPS = {"float64": 2.0**-52, "float32": 2.0**-23}
+
+
+def float32(x):
+    return struct.unpack("f", struct.pack("f", x))[0]
 
 
 def normal(rng, n, scale=1.0):
     return [round(rng.gauss(0, scale) * 1024) / 1024 for _ in range(n)]
 
 
-def recording():
+def flat(x):
+    """The numbers of a nested list, row-major; a number alone is a 0-dimensional parameter."""
+    return [y for row in x for y in flat(row)] if isinstance(x, list) else [x]
+
+
+def shaped(values, like):
+    """A flat list in the shape of another: the inverse of `flat`."""
+    values = iter(values)
+    fill = lambda x: [fill(row) for row in x] if isinstance(x, list) else next(values)
+    return fill(like)
+
+
+# ----------------------------------------------------------------------------------------------------------- recording
+
+def recording_inputs():
     rng = random.Random(0)
     spread = [normal(rng, 12, 2.0) for _ in range(4)]
+    five = [4.0, 3.0, 2.0, 1.0, 0.0]
     cases = [
         ("one row, gold inside", spread[:1], [max(range(12), key=spread[0].__getitem__)], 0.9, None, -100),
         ("gold outside is added", spread[:1], [min(range(12), key=spread[0].__getitem__)], 0.5, None, -100),
@@ -36,140 +58,374 @@ def recording():
         ("tau is met exactly, gold outside", [[0.0] * 8], [7], 0.25, None, -100),
         ("tau = 1 takes what is needed to reach 1", [[0.0, -200.0, 0.0, -200.0]], [0], 1.0, None, -100),
         ("tau = 1 of equal tokens takes all", [[0.0] * 16], [5], 1.0, None, -100),
+        ("tau = 1 that the rounded sum never reaches takes all: 31 times the rounded 1/31 is < 1",
+         [[-200.0, *[0.0] * 31, -200.0]], [7], 1.0, None, -100),
         ("a tiny tau takes the most probable token", spread, [1, 1, 1, 1], 2.0**-20, None, -100),
-        ("max_size, gold inside", [[4.0, 3.0, 2.0, 1.0, 0.0]], [1], 0.999, 3, -100),
-        ("max_size, gold displaces the last token", [[4.0, 3.0, 2.0, 1.0, 0.0]], [4], 0.999, 3, -100),
-        ("max_size = 1 keeps gold alone", [[4.0, 3.0, 2.0, 1.0, 0.0]], [2], 0.999, 1, -100),
-        ("max_size larger than needed changes nothing", [[4.0, 3.0, 2.0, 1.0, 0.0]], [4], 0.5, 3, -100),
+        ("more than 16 tokens, more than 64", [[-(j % 97) / 64 for j in range(200)]], [199], 0.7, None, -100),
+        ("a running sum of 5000 float32 terms in float32 is behind by a third of a term", [[0.0] * 5000], [0], 4998.85 / 5000, None, -100),
+        ("a small outside mass, of which 1 minus the sum inside has no digit", [[0.0, -35.0, -36.0, -40.0]], [0], 0.5, None, -100),
+        ("max_size, gold inside", [five], [1], 0.999, 3, -100),
+        ("max_size, gold displaces the last token", [five], [4], 0.999, 3, -100),
+        ("max_size = 1 keeps gold alone", [five], [2], 0.999, 1, -100),
+        ("max_size larger than needed changes nothing", [five], [4], 0.5, 3, -100),
         ("max_size cuts a tie", [[0.0] * 8], [5], 1.0, 3, -100),
+        ("max_size above the vocabulary", [five], [2], 1.0, 9, -100),
         ("ignored rows are empty", spread, [-100, 2, -100, 4], 0.9, None, -100),
         ("another ignore_index, itself a token", spread, [0, 2, 0, 4], 0.9, None, 0),
         ("only ignored rows", spread[:2], [-100, -100], 0.9, None, -100),
         ("a vocabulary of one token", [[3.0], [-7.0]], [0, -100], 0.7, None, -100),
         ("huge logits", [[1e4, -1e4, 9999.0, 0.0]], [1], 0.9, None, -100),
+        ("refused: a negative target that is not ignore_index", spread[:2], [3, -1], 0.9, None, -100),
+        ("refused: -100 where ignore_index is another", spread[:2], [3, -100], 0.9, None, -1),
+        ("refused: a target beyond the vocabulary", spread[:2], [3, 12], 0.9, None, -100),
+        ("refused: tau = 0", spread[:1], [3], 0.0, None, -100),
+        ("refused: tau above 1", spread[:1], [3], 1.5, None, -100),
+        ("refused: max_size = 0", spread[:1], [3], 0.9, 0, -100),
     ]
     for name, logits, target, tau, max_size, ignore_index in cases:
-        probabilities = [reference.softmax(z) for z in logits]
-        for p in probabilities:
+        # the probabilities of equal tokens are as exact as a division: there a hundredth of a token is clear
+        margin = MARGIN if len(logits[0]) < 5000 else 2e-5
+        for p in map(plain_reference.softmax, logits):
             covered = 0.0
             for x in sorted(p, reverse=True):
                 covered += x
-                assert covered == tau or abs(covered - tau) > MARGIN or x == 0 or tau < min(p), name
-        rows, outside = reference.record_topk(probabilities, target, tau, max_size, ignore_index)
-        yield {"name": name, "logits": logits, "target": target, "tau": tau, "max_size": max_size, "ignore_index": ignore_index,
-               "probabilities": probabilities, "token_ids": rows, "outside_mass": outside}
+                assert covered == tau or abs(covered - tau) > margin or x < 1e-80 or tau < min(p) or "never" in name, name
+        yield dict(name=name, logits=logits, target=target, tau=tau, max_size=max_size, ignore_index=ignore_index)
 
 
-def losses():
+def recording(reference, case):
+    probabilities = [reference.softmax(z) for z in case["logits"]]
+    rows, outside = reference.record_topk(probabilities, case["target"], case["tau"], case["max_size"], case["ignore_index"])
+    return {"on_the_way": {"probabilities": probabilities}, "expected": {"token_ids": rows, "outside_mass": outside}}
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+
+def loss_inputs():
     rng = random.Random(1)
-    def case(name, logits, target, rows, ignore_index=-100):
-        loss, gradient = reference.replay_cross_entropy(logits, target, rows, ignore_index)
-        counted = sum(y != ignore_index for y in target)
-        return {"name": name, "logits": logits, "target": target, "token_ids": rows, "ignore_index": ignore_index,
-                "loss_none": loss, "loss_sum": math.fsum(loss), "loss_mean": math.fsum(loss) / counted if counted else None,
-                "gradient_of_sum": gradient, "outside_mass": reference.outside_mass(logits, rows)}
     logits = [normal(rng, 7, 2.0) for _ in range(4)]
     rows = [[0, 2, 5], [6], [0, 1, 2, 3, 4, 5, 6], [1, 4]]
-    yield case("one token, some and all tokens a row", logits, [2, 6, 3, 1], rows)
-    yield case("ignored rows", logits, [2, -100, -100, 1], [rows[0], [], [], rows[3]])
-    yield case("only ignored rows: mean is 0/0", logits[:2], [-100, -100], [[], []])
-    yield case("another ignore_index", logits, [2, 0, 3, 1], [rows[0], [], rows[2], rows[3]], 0)
-    yield case("huge logits", [[1e4, -1e4, 9999.0, 0.0], [-1e4, -1e4, -1e4, 1e4]], [1, 2], [[0, 1, 2], [0, 1, 2]])
-    yield case("all mass outside", [[0.0, 0.0, 0.0, 100.0]], [0], [[0, 1]])
+    cases = [
+        ("one token, some and all tokens a row", logits, [2, 6, 3, 1], rows, -100),
+        ("ignored rows", logits, [2, -100, -100, 1], [rows[0], [], [], rows[3]], -100),
+        ("only ignored rows: the mean is 0/0, its gradient 0", logits[:2], [-100, -100], [[], []], -100),
+        ("another ignore_index", logits, [2, 0, 3, 1], [rows[0], [], rows[2], rows[3]], 0),
+        ("ignored targets with rows that are not empty", logits, [2, -100, 3, -100], rows, -100),
+        ("huge logits", [[1e4, -1e4, 9999.0, 0.0], [-1e4, -1e4, -1e4, 1e4]], [1, 2], [[0, 1, 2], [0, 1, 2]], -100),
+        ("all mass outside", [[0.0, 0.0, 0.0, 100.0]], [0], [[0, 1]], -100),
+        ("hardly any mass outside", [[0.0, 1.0, -36.0, -37.0]], [0], [[0, 1]], -100),
+        ("refused: gold outside its row", logits[:2], [2, 5], rows[:2], -100),
+        ("refused: -100 where ignore_index is another", logits[:2], [2, -100], [rows[0], []], 0),
+    ]
+    for name, logits, target, rows, ignore_index in cases:
+        yield dict(name=name, logits=logits, target=target, token_ids=rows, ignore_index=ignore_index,
+                   incoming=[0.5, -2.0, 3.0, 0.25][:len(target)])
 
 
-def linear_losses():
+def reductions(reference, case, losses, gradients):
+    """{name: value}, {name: derivative by the logits} for reduction "sum" and "mean", and an incoming gradient of "none"."""
+    value, by_logits = {"loss_none": losses}, {}
+    value["loss_sum"], by_logits["sum"] = reference.weighted_sum(losses, gradients, [1.0] * len(losses))
+    mean, by_logits["mean"] = reference.mean(losses, gradients, case["target"], case["ignore_index"])
+    value["loss_mean"] = None if math.isnan(mean) else mean
+    _, by_logits["weighted"] = reference.weighted_sum(losses, gradients, case["incoming"])
+    return value, by_logits
+
+
+def loss(reference, case):
+    losses, gradients = reference.replay_cross_entropy(case["logits"], case["target"], case["token_ids"], case["ignore_index"])
+    expected, by_logits = reductions(reference, case, losses, gradients)
+    expected |= {f"gradient_of_{name}": gradient for name, gradient in by_logits.items()}
+    expected["outside_mass"] = reference.outside_mass(case["logits"], case["token_ids"])
+    return {"expected": expected}
+
+
+def random_head(rng, N, V, d, with_bias):
+    return dict(input=[normal(rng, d) for _ in range(N)], linear_weight=[normal(rng, d) for _ in range(V)],
+                linear_bias=normal(rng, V) if with_bias else None)
+
+
+def linear_inputs():
     rng = random.Random(2)
-    for name, N, V, d, with_bias in (("without bias", 4, 9, 3, False), ("with bias", 3, 6, 5, True)):
-        h, W = [normal(rng, d) for _ in range(N)], [normal(rng, d) for _ in range(V)]
-        bias = normal(rng, V) if with_bias else None
-        rows = [sorted(rng.sample(range(V), rng.randint(1, V))) for _ in range(N - 1)] + [[]]
-        target = [rng.choice(row) for row in rows[:-1]] + [-100]
-        logits = reference.linear(h, W, bias)
-        loss, gradient = reference.replay_cross_entropy(logits, target, rows)
-        scaled = [[x / (N - 1) for x in row] for row in gradient]
-        d_input, d_weight, d_bias = reference.linear_gradients(h, W, scaled)
-        yield {"name": name, "input": h, "linear_weight": W, "linear_bias": bias, "target": target, "token_ids": rows,
-               "loss_none": loss, "loss_mean": math.fsum(loss) / (N - 1), "d_mean_d_input": d_input,
-               "d_mean_d_weight": d_weight, "d_mean_d_bias": d_bias if with_bias else None}
+    for name, N, V, d, with_bias, ignore_index in (("without bias", 4, 9, 3, False, -100), ("with bias", 3, 6, 5, True, -100),
+                                                   ("another ignore_index, itself a token", 4, 6, 2, True, 5)):
+        head = random_head(rng, N, V, d, with_bias)
+        rows = [sorted(rng.sample(range(V - 1), rng.randint(1, V - 1))) for _ in range(N - 1)] + [[]]
+        yield dict(name=name, **head, target=[rng.choice(row) for row in rows[:-1]] + [ignore_index], token_ids=rows,
+                   ignore_index=ignore_index, incoming=[0.5, -2.0, 3.0, 0.25][:N])
 
+
+def linear_loss(reference, case, tail=((), ())):
+    h, W, bias = case["input"], case["linear_weight"], case["linear_bias"]
+    losses, gradients = reference.replay_cross_entropy(reference.linear(h, W, bias), case["target"], case["token_ids"],
+                                                       case["ignore_index"], tail)
+    expected, by_logits = reductions(reference, case, losses, gradients)
+    for name in ("mean", "weighted"):
+        for argument, gradient in zip(("input", "weight", "bias"), reference.linear_gradients(h, W, by_logits[name])):
+            expected[f"d_{name}_d_{argument}"] = None if argument == "bias" and bias is None else gradient
+    return {"expected": expected}
+
+
+# ---------------------------------------------------------------------------------------------------------- the angle
 
 def pairs():
     rng = random.Random(3)
     u, w = normal(rng, 5), normal(rng, 5)
     tiny = [x / 2**7 for x in w]
-    return [("any", u, w), ("zero gradient", [0.0] * 5, u), ("zero momentum", u, [0.0] * 5), ("equal", u, u),
-            ("parallel", u, [2 * x for x in u]), ("antiparallel", u, [-4 * x for x in u]),
+    times = lambda exponent, x: [math.ldexp(y, exponent) for y in x]
+    both = [("any", u, w), ("zero gradient", [0.0] * 5, u), ("zero momentum", u, [0.0] * 5), ("equal", u, u),
+            ("parallel", u, times(1, u)), ("antiparallel", u, [-4 * x for x in u]),
             ("orthogonal", [3.0, 0.0, 0.0], [0.0, 0.5, 0.0]), ("one entry, same sign", [2.0], [3.0]),
             ("one entry, opposite sign", [2.0], [-3.0]), ("nearly parallel", u, [2 * x + y for x, y in zip(u, tiny)]),
             ("nearly antiparallel", u, [y - 2 * x for x, y in zip(u, tiny)]),
-            ("60 degrees in the plane, almost", [0.5, 0.875], [1.0, 0.0]), ("far apart in length", [x * 2**30 for x in u], w)]
+            ("60 degrees in the plane, almost", [0.5, 0.875], [1.0, 0.0]), ("far apart in length", times(30, u), w),
+            ("tiny entries: their squares underflow in float32", times(-100, u), times(-100, w)),
+            ("huge entries: their squares overflow in float32", times(100, u), times(100, w)),
+            ("tiny and huge", times(-100, u), times(100, w))]
+    wide = [("tiny entries: their squares underflow in float64", times(-600, u), times(-600, w)),
+            ("huge entries: their squares overflow in float64", times(600, u), times(600, w))]
+    return [(*pair, None) for pair in both] + [(*pair, "float64") for pair in wide]
 
 
-def angles():
-    for name, u, v in pairs():
-        yield {"name": name, "u": u, "v": v, "angle": reference.angle_between(u, v)}
+def angle_inputs():
+    for name, u, v, dtype in pairs():
+        yield dict(name=name, dtype=dtype, u=u, v=v)
+    for exponent in (-7, -12, -17, -30):
+        yield dict(name=f"2^{exponent} from parallel", dtype=None, u=[1.0, 0.0], v=[1.0, 2.0**exponent])
+        yield dict(name=f"2^{exponent} from antiparallel", dtype=None, u=[1.0, 0.0], v=[-1.0, 2.0**exponent])
 
 
-def rotations():
-    for name, g, m in pairs():
-        theta = reference.angle_between(g, m)
+def angle(reference, case):
+    return {"expected": {"angle": reference.angle_between(case["u"], case["v"])}}
+
+
+# -------------------------------------------------------------------------------------------------------- the rotation
+
+def rotation_inputs():
+    for name, g, m, dtype in pairs():
+        theta = plain_reference.angle_between(g, m)
         caps = [("no cap", math.pi), ("90 degrees", math.pi / 2), ("30 degrees", 30 * DEGREE), ("cap 0", 0.0)]
         if 2 * MARGIN < theta < math.pi - 2 * MARGIN:
             caps += [("just below the cap", theta + 2 * MARGIN), ("just beyond the cap", theta - 2 * MARGIN)]
         for cap, max_angle in caps:
             if theta == max_angle or abs(theta - max_angle) > MARGIN:
-                rotated, _, clipped, antiparallel = reference.clip_angle(g, m, max_angle)
-                yield {"name": f"{name}, {cap}", "grad": g, "momentum": m, "max_angle": max_angle, "rotated": rotated,
-                       "angle": theta, "clipped": clipped, "antiparallel": antiparallel}
+                yield dict(name=f"{name}, {cap}", dtype=dtype, grad=g, momentum=m, max_angle=max_angle)
+    # antiparallel is what has a sine of at most sqrt(eps): 2^-26 in float64, 2^-11.5 in float32; rounding grows by 1/sine
+    for exponent, dtypes in ((-10, [None]), (-14, EPS), (-22, EPS), (-30, [None])):
+        for dtype in dtypes:
+            yield dict(name=f"sine of 2^{exponent} from antiparallel" + f", {dtype}" * bool(dtype), dtype=dtype,
+                       grad=[-1.0, 2.0**exponent], momentum=[1.0, 0.0], max_angle=math.pi / 2, amplification=2.0**-exponent)
+    for sine in (1.25 * 2.0**-12, 2.0**-30):
+        yield dict(name=f"a sine of {sine:.2g} from parallel is not antiparallel, cap 0", dtype=None,
+                   grad=[1.0, sine], momentum=[1.0, 0.0], max_angle=0.0)
 
 
-def trajectories():
-    usual = dict(lr=0.0625, betas=[0.9, 0.999], a=4 / math.pi, b=1.0, weight_decay=0.0)
-    drift = lambda rng, n: [round((0.5 + rng.gauss(0, 1)) * 1024) / 1024 for _ in range(n)]
-    cases = [("cap of 90 degrees", "global", math.pi / 2, [(usual, [3, 2])], {}),
-             ("cap of 45 degrees", "global", math.pi / 4, [(usual, [3, 2])], {}),
-             ("one angle a parameter", "tensor", math.pi / 4, [(usual, [3, 2, 1])], {}),
-             ("no cap: Adam-atan2", "global", math.pi, [(usual, [4])], {}),
-             ("cap 0: the first direction for ever", "global", 0.0, [(usual, [4])], {}),
-             ("two groups, weight decay, other scales", "global", math.pi / 3,
-              [(dict(usual, weight_decay=0.1), [3]), (dict(lr=0.5, betas=[0.5, 0.75], a=1.0, b=2.0, weight_decay=0.0), [2, 1])], {}),
-             ("two groups, one angle a parameter", "tensor", math.pi / 3,
-              [(dict(usual, weight_decay=0.1), [3]), (dict(lr=0.5, betas=[0.5, 0.75], a=1.0, b=2.0, weight_decay=0.0), [2, 2])], {}),
-             ("a restart: step 8 is antiparallel to the momentum", "global", math.pi / 2, [(usual, [2, 2])], {"restart": 8}),
-             ("a restart of one parameter", "tensor", math.pi / 2, [(usual, [1, 3])], {"restart": 8}),
-             ("extreme gradients", "global", math.pi / 2, [(usual, [3])], {"scales": [1.0, 2.0**40, 2.0**-40, 0.0]}),
-             ("a parameter without gradient every third step", "global", math.pi / 2, [(usual, [2, 2])], {"missing": 3})]
-    for name, scope, max_angle, groups, special in cases:
+def rotation(reference, case):
+    eps = EPS[case["dtype"] or "float64"]
+    rotated, theta, clipped, antiparallel = reference.clip_angle(case["grad"], case["momentum"], case["max_angle"], eps)
+    return {"on_the_way": {"angle": theta, "clipped": clipped, "antiparallel": antiparallel}, "expected": {"rotated": rotated}}
+
+
+# ----------------------------------------------------------------------------------------------------------- MoClip
+
+USUAL = dict(betas=[0.9, 0.999], a=4 / math.pi, b=1.0, weight_decay=0.0)
+OTHER = dict(betas=[0.5, 0.75], a=1.0, b=2.0, weight_decay=0.0)
+DECAY = dict(USUAL, weight_decay=0.1)
+
+
+def missing(every):
+    """Parameter 1 has no gradient every so many steps."""
+    return lambda t, i, g: None if i == 1 and t % every == 0 else g
+
+
+def restart(t, i, g):
+    """One direction until step 8, whose gradient is exactly opposite to it; parameter 2, if there is one, then has none."""
+    if t < 8:  # multiplied by a power of two the direction stays what it is, to the last bit
+        return [x * 2.0**(t % 3) for x in ([1.0, -0.5], [2.0, 0.75], [0.25, 1.5])[i]]
+    return None if t == 8 and i == 2 else [-2.0 * x for x in ([1.0, -0.5], [2.0, 0.75])[i]] if t == 8 else g
+
+
+def restart_of_the_first(t, i, g):
+    return ([1.0 + abs(g[0])] if t < 8 else [-2.0]) if i == 0 and t <= 8 else g
+
+
+def scaled(exponents):
+    """The gradients of step t times 2^exponent; None: zero."""
+    def change(t, i, g):
+        exponent = exponents(t)
+        return shaped([0.0 if exponent is None else math.ldexp(x, exponent) for x in flat(g)], g)
+    return change
+
+
+def moclip_inputs():
+    unchanged, constant = lambda t, i, g: g, lambda t: [0.0625, 0.5]
+    odd = [[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], 1.0, [], [1.0]]  # the shapes of a matrix, a number, an empty and a usual parameter
+    one, two, three = [1.0], [1.0] * 2, [1.0] * 3
+    cases = [
+        ("cap of 90 degrees", "global", 90, [(USUAL, [three, two])], unchanged, constant),
+        ("cap of 45 degrees", "global", 45, [(USUAL, [three, two])], unchanged, constant),
+        ("one angle a parameter", "tensor", 45, [(USUAL, [three, two, one])], unchanged, constant),
+        ("no cap: Adam-atan2", "global", 180, [(USUAL, [two * 2])], unchanged, constant),
+        ("cap 0: the first direction for ever", "global", 0, [(USUAL, [two * 2])], unchanged, constant),
+        ("two groups, weight decay, other scales", "global", 60, [(DECAY, [three]), (OTHER, [two, one])], unchanged, constant),
+        ("two groups, one angle a parameter", "tensor", 60, [(DECAY, [three]), (OTHER, [two, two])], unchanged, constant),
+        ("two groups, both decay, each by its own lr", "global", 90,
+         [(DECAY, [two]), (dict(OTHER, weight_decay=0.25), [two])], unchanged, constant),
+        ("a learning rate that changes, with weight decay", "global", 90, [(DECAY, [two]), (USUAL, [two])], unchanged,
+         lambda t: [0.0 if t == 6 else 0.125 / t, 2.0**-(t % 4) / 16]),
+        ("a matrix, a number, an empty parameter", "global", 75, [(DECAY, odd)], unchanged, constant),
+        ("a matrix, a number, an empty parameter, one angle each", "tensor", 75, [(DECAY, odd)], unchanged, constant),
+        ("a restart, all momenta non-zero, one parameter without gradient", "global", 90, [(USUAL, [two, two, two])], restart, constant),
+        ("a restart of one parameter", "tensor", 90, [(USUAL, [one, three])], restart_of_the_first, constant),
+        ("extreme gradients", "global", 90, [(USUAL, [three])], scaled(lambda t: [0, 40, -40, None][t % 4]), constant),
+        ("tiny gradients first: there is no epsilon", "global", 90, [(USUAL, [three])], scaled(lambda t: min(4 * t - 54, 0)), constant),
+        ("a slow second moment: 1 - beta2 and 1 - beta2^t in more than float32", "global", 90,
+         [(dict(USUAL, betas=[0.9, 0.99999]), [three])], unchanged, lambda t: [1.0]),
+        ("a parameter without gradient every third step", "global", 90, [(DECAY, [two, two])], missing(3), constant),
+        ("a parameter without gradient every third step, one angle a parameter", "tensor", 90, [(DECAY, [two, two])], missing(3), constant),
+        ("a step in which no parameter has a gradient", "global", 90, [(DECAY, [two, two])],
+         lambda t, i, g: None if t in (1, 5) else g, constant)]
+    for name, scope, degrees, groups, change, lr in cases:
         rng = random.Random(name)
-        parameters = [{"w": normal(rng, n), "m": [0.0] * n, "v": [0.0] * n, "step": 0} for _, sizes in groups for n in sizes]
-        per_parameter = [dict(o, beta1=o["betas"][0], beta2=o["betas"][1]) for o, sizes in groups for _ in sizes]
-        case = {"name": name, "scope": scope, "max_angle": max_angle,
-                "groups": [dict(o, parameters=[p["w"][:] for p in parameters[start:start + len(sizes)]])
-                           for start, (o, sizes) in zip((0, len(groups[0][1])), groups)], "steps": []}
-        for t in range(1, 25):
-            for i, p in enumerate(parameters):
-                scale = special.get("scales", [1.0])[t % len(special.get("scales", [1.0]))]
-                p["grad"] = [scale * x for x in drift(rng, len(p["w"]))]
-                if t < special.get("restart", 0):  # along one axis until then, so that the opposite is exactly antiparallel
-                    p["grad"] = [abs(p["grad"][0]) + 1] + [0.0] * (len(p["w"]) - 1) if i == 0 else [0.0] * len(p["w"])
-                if t == special.get("restart"):
-                    p["grad"] = [-2.0] + [0.0] * (len(p["w"]) - 1) if i == 0 else [0.0] * len(p["w"])
-                if special.get("missing") and i == 1 and t % special["missing"] == 0:
-                    p["grad"] = None
-            gradients = [p["grad"] for p in parameters]
-            reports = reference.moclip_step(parameters, per_parameter, max_angle, scope)
-            assert all(abs(theta - max_angle) > MARGIN or theta in (0, max_angle, math.pi) for theta, _ in reports), (name, t)
-            case["steps"].append({"gradients": gradients, "angle": [theta for theta, _ in reports],
-                                  "clipped": [clipped for _, clipped in reports], "parameters": [p["w"][:] for p in parameters]})
-        case["final"] = [{"step": p["step"], "exp_avg": p["m"], "exp_avg_sq": p["v"]} for p in parameters]
+        draw = lambda like, mean: shaped([mean + x for x in normal(rng, len(flat(like)))], like)
+        groups = [{**options, "parameters": [draw(like, 0.0) for like in shapes]} for options, shapes in groups]
+        shapes = [p for group in groups for p in group["parameters"]]
+        steps = [{"lr": lr(t)[:len(groups)], "gradients": [change(t, i, draw(like, 0.5)) for i, like in enumerate(shapes)]}
+                 for t in range(1, 25)]
+        case = dict(name=name, scope=scope, max_angle=degrees * DEGREE, groups=groups, steps=steps)
+        for step in moclip(plain_reference, case)["expected"]["steps"]:
+            assert all(abs(theta - case["max_angle"]) > MARGIN or theta in (0, case["max_angle"]) for theta in step["angle"]), name
         yield case
 
 
-FILES = {"1_recording.json": recording, "2_loss.json": losses, "3_linear_loss.json": linear_losses,
-         "4_angle.json": angles, "5_rotation.json": rotations, "6_moclip.json": trajectories}
+def state(shapes):
+    zeros = lambda p: [0.0] * len(flat(p))
+    return [{"parameter": flat(p), "exp_avg": zeros(p), "exp_avg_sq": zeros(p), "step": 0} for p in shapes]
+
+
+def moclip(reference, case):
+    shapes = [p for group in case["groups"] for p in group["parameters"]]
+    parameters, steps = state(shapes), []
+    for step in case["steps"]:
+        options = [dict(group, lr=lr) for group, lr in zip(case["groups"], step["lr"]) for _ in group["parameters"]]
+        for p, gradient in zip(parameters, step["gradients"]):
+            p["gradient"] = None if gradient is None else flat(gradient)
+        reports = reference.moclip_step(parameters, options, case["max_angle"], case["scope"])
+        steps.append({"angle": [theta for theta, _ in reports], "clipped": [clipped for _, clipped in reports],
+                      "parameters": [shaped(p["parameter"], like) for p, like in zip(parameters, shapes)]})
+    final = [{"step": p["step"], **{key: shaped(p[key], like) for key in ("exp_avg", "exp_avg_sq")}} for p, like in zip(parameters, shapes)]
+    return {"expected": {"steps": steps, "final": final}}
+
+
+# ------------------------------------------------------------------------------------------------------------ the tail
+
+def tail_inputs():
+    rng = random.Random(7)
+    V, target, rows = 12, [3, 7, 3, 0], [[0, 3, 5], [7], [2, 3, 9, 10], [0, 1]]
+    a, b, c = (random_head(rng, 4, V, 3, with_bias) for with_bias in (True, False, True))
+    large = dict(input=[[100.0], [-100.0]], linear_weight=[[0.0], [1.0], [100.0], [-100.0], [-1.0]], linear_bias=None)
+    everything = [list(range(V)), [], [3], [0, 11]]
+    cases = [
+        ("a sample, in part recorded", a, target, rows, -100, [1, 4, 5, 8, 11]),
+        ("the same without bias", b, target, rows, -100, [1, 4, 5, 8, 11]),
+        ("one token stands for all others", a, target, rows, -100, [6]),
+        ("golds only", a, target, rows, -100, []),
+        ("all other tokens: the full cross-entropy", c, target, rows, -100, [1, 2, 4, 5, 6, 8, 9, 10, 11]),
+        ("ignored rows: no gold in R, no loss, no gradient", a, [3, -100, 3, -100], [rows[0], [], rows[2], [0, 1]], -100, [0, 4, 7, 8]),
+        ("another ignore_index, itself a token, in R too", b, [3, 11, 11, 0], [rows[0], [], [], rows[3]], 11, [2, 11]),
+        ("only ignored rows: the mean is 0/0, its gradient 0", c, [-100] * 4, [[], [], [], []], -100, [2, 5]),
+        ("a row of all tokens, a row of gold", c, [5, -100, 3, 11], everything, -100, [1, 6]),
+        ("the largest logit is in the tail", large, [0, 1], [[0, 4], [0, 1]], -100, [2, 3]),
+        ("a tail of one's own, any weights", a, target, rows, -100, None),
+    ]
+    for name, head, target, rows, ignore_index, chosen in cases:
+        case = dict(name=name, **head, target=target, token_ids=rows, ignore_index=ignore_index,
+                    incoming=[0.5, -2.0, 3.0, 0.25][:len(target)], chosen=chosen)
+        if chosen is None:
+            case["tail"] = {"token_ids": [2, 4, 5, 9], "log_weight": [-1.5, 0.25, 3.0, 0.0]}
+        yield case
+
+
+def rounded_tail(reference, chosen, target, V, ignore_index):
+    """The tail as it is stored, with float32 log-weights."""
+    ids, log_weight = reference.tail(chosen, target, V, ignore_index)
+    return {"token_ids": ids, "log_weight": [float32(x) for x in log_weight]}
+
+
+def tail_loss(reference, case):
+    stored = case.get("tail") or rounded_tail(reference, case["chosen"], case["target"], len(case["linear_weight"]), case["ignore_index"])
+    return {"expected": {"tail": stored, **linear_loss(reference, case, (stored["token_ids"], stored["log_weight"]))["expected"]}}
+
+
+# ----------------------------------------------------------------------------------------------------------- end to end
+
+def end_to_end_inputs():
+    for scope in ("global", "tensor"):
+        for with_tail in (False, True):
+            rng = random.Random(8)
+            V, N = 12, 6
+            case = dict(name=f"{scope}, {'with' if with_tail else 'without'} a tail", input=[normal(rng, 4) for _ in range(N)],
+                        body=[normal(rng, 4) for _ in range(3)], head=[normal(rng, 3) for _ in range(V)], bias=normal(rng, V),
+                        target=[rng.randrange(V) for _ in range(N - 1)] + [-100], tau=0.75, ignore_index=-100,
+                        scope=scope, max_angle=75 * DEGREE, **DECAY, steps=[])
+            others = [j for j in range(V) if j not in case["target"]]
+            case["steps"] = [{"lr": (20 - t) / 320, "chosen": sorted(rng.sample(others, 3)) if with_tail else None} for t in range(20)]
+            yield case
+
+
+def end_to_end(reference, case):
+    V, target, names = len(case["head"]), case["target"], ("body", "head", "bias")
+    parameters, steps = state([case[name] for name in names]), []
+    now = lambda: [shaped(p["parameter"], case[name]) for p, name in zip(parameters, names)]
+
+    def logits(body, head, bias):
+        hidden = reference.linear(case["input"], body)
+        return hidden, reference.linear(hidden, head, bias)
+
+    # Stage 0, once
+    probabilities = [reference.softmax(z) for z in logits(*now())[1]]
+    token_ids, recorded = reference.record_topk(probabilities, target, case["tau"], None, case["ignore_index"])
+    # Stage 1: the mean loss, its gradients, a step
+    for step in case["steps"]:
+        body, head, bias = now()
+        hidden, z = logits(body, head, bias)
+        stored = None
+        if step["chosen"] is not None:
+            stored = rounded_tail(reference, step["chosen"], target, V, case["ignore_index"])
+        R = (stored["token_ids"], stored["log_weight"]) if stored else ((), ())
+        losses, gradients = reference.replay_cross_entropy(z, target, token_ids, case["ignore_index"], R)
+        loss, d_logits = reference.mean(losses, gradients, target, case["ignore_index"])
+        d_hidden, *d_head = reference.linear_gradients(hidden, head, d_logits)
+        d_body = reference.linear_gradients(case["input"], body, d_hidden)[1]
+        for p, gradient in zip(parameters, [d_body, *d_head]):
+            p["gradient"] = flat(gradient)
+        options = {key: case[key] for key in ("betas", "a", "b", "weight_decay")} | {"lr": step["lr"]}
+        reports = reference.moclip_step(parameters, [options] * 3, case["max_angle"], case["scope"])
+        steps.append({"tail": stored, "loss": loss, "angle": [theta for theta, _ in reports],
+                      "clipped": [clipped for _, clipped in reports], **dict(zip(names, now()))})
+    return {"expected": {"token_ids": token_ids, "outside_mass": recorded, "steps": steps,
+                         "outside_mass_at_the_end": reference.outside_mass(logits(*now())[1], token_ids)}}
+
+
+FILES = {"1_recording.json": (recording_inputs, recording), "2_loss.json": (loss_inputs, loss),
+         "3_linear_loss.json": (linear_inputs, linear_loss), "4_angle.json": (angle_inputs, angle),
+         "5_rotation.json": (rotation_inputs, rotation), "6_moclip.json": (moclip_inputs, moclip),
+         "7_tail.json": (tail_inputs, tail_loss), "8_end_to_end.json": (end_to_end_inputs, end_to_end)}
+
+
+def outputs(name, reference, case):
+    """What `reference` (plain_reference, or a module like it) makes of a case of a file."""
+    try:
+        return FILES[name][1](reference, case)
+    except ValueError as error:
+        return {"expected": {"error": str(error).split()[0]}}  # the argument at fault
+
+
+def make(name):
+    return [{**case, **outputs(name, plain_reference, case)} for case in FILES[name][0]()]
+
 
 if __name__ == "__main__":
-    for name, make in FILES.items():
-        lines = ",\n".join(json.dumps(case, allow_nan=False) for case in make())
+    for name in FILES:
+        lines = ",\n".join(json.dumps(case, allow_nan=False) for case in make(name))
         (FOLDER / name).write_text(f"[\n{lines}\n]\n")
