@@ -18,7 +18,8 @@ from strategies import logits_and_targets, taus
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import logits_replay
-from logits_replay import ReplayRecord, linear_replay_cross_entropy, outside_mass, record_topk, replay_cross_entropy
+from logits_replay import (ReplayRecord, Tail, linear_replay_cross_entropy, outside_mass, record_topk, replay_cross_entropy,
+                           sample_tail)
 
 EPS = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 Z, Y = torch.tensor([[3.0, 2.0, 0.0, 1.0], [0.0, 9.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]), torch.tensor([2, 1, -100])
@@ -301,6 +302,232 @@ def test_outside_mass_of_half_precision_logits_is_that_of_their_float32_values(d
     record = record_topk(z, y, 0.9)
     assert torch.equal(outside_mass(z, record), outside_mass(z.float(), record))
     assert torch.equal(record_topk(z.float(), y, 0.9).token_ids, record.token_ids)
+
+
+# -------------------------------------------------------------------------------------------------------------- tail
+
+def everything(V, dtype=torch.float32):
+    return Tail(torch.arange(V), torch.zeros(V, dtype=dtype))
+
+
+@st.composite
+def tails(draw, V):
+    """Any tail: ids that meet the subsets or not, none or all of V, weights from e^-5 to e^20."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    ids = np.flatnonzero(rng.random(V) < draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])))
+    return Tail(torch.tensor(ids, dtype=torch.int64), torch.tensor(rng.uniform(-5, 20, size=len(ids))))
+
+
+@given(st.data(), taus)
+def test_loss_and_gradient_with_a_tail_equal_the_reference(data, tau):
+    logits, target = data.draw(logits_and_targets(torch.float64, sizes=(1, 2, 3, 8, 40, 70)))
+    record, tail = record_topk(logits, target, tau), data.draw(tails(logits.shape[1]))
+    plain = [x.tolist() for x in tail]
+    losses, gradients = reference.replay_cross_entropy(logits.tolist(), target.tolist(), rows_of(record), tail=plain)
+    scale = 20 + logits.abs().amax().item()  # exp(z + log w) has relative error eps |z + log w|
+    for z, loss in both_forms(logits.clone().requires_grad_(), target, record, tail=tail, reduction="none"):
+        assert loss.tolist() == pytest.approx(losses, rel=1e-15, abs=8 * EPS[torch.float64] * scale)
+        gradient, = torch.autograd.grad(loss.sum(), z)
+        assert gradient.numpy() == pytest.approx(np.array(gradients), abs=8 * EPS[torch.float64] * scale)
+        unscored = torch.ones_like(logits, dtype=torch.bool)
+        unscored[record.rows, record.token_ids.long()] = False
+        unscored[:, tail.token_ids] = False
+        assert not gradient[unscored].any() and not gradient[target == -100].any()  # exactly zero
+
+
+@given(st.data())
+def test_linear_form_with_a_tail_equals_the_reference_in_every_argument(data):
+    z, y = data.draw(logits_and_targets(torch.float64, sizes=(2, 5, 30)))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    (N, V), d = z.shape, 3
+    h, W, bias = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in ((N, d), (V, d), (V,)))
+    record, tail = record_topk(z, y, 0.8), data.draw(tails(V))
+    loss = linear_replay_cross_entropy(h, W, y, record, linear_bias=bias, tail=tail, reduction="sum")
+    logits = reference.linear(h.tolist(), W.tolist(), bias.tolist())
+    losses, gradients = reference.replay_cross_entropy(logits, y.tolist(), rows_of(record), tail=[x.tolist() for x in tail])
+    assert loss.item() == pytest.approx(math.fsum(losses), abs=1e-12)  # logits of size 10 and log-weights of 20
+    for mine, expected in zip(torch.autograd.grad(loss, (h, W, bias)), reference.linear_gradients(h.tolist(), W.tolist(), gradients)):
+        assert mine.numpy() == pytest.approx(np.array(expected), abs=1e-12)
+
+
+@given(logits_and_targets(torch.float64), taus, st.sampled_from(["mean", "sum", "none"]))
+def test_a_tail_of_everything_makes_it_cross_entropy(case, tau, reduction):
+    logits, target = case
+    V, expected = logits.shape[1], F.cross_entropy(*case, reduction=reduction)
+    record = record_topk(logits, target, tau)
+    # whatever the record; a sample of all that are not gold is everything
+    for tail in (everything(V), sample_tail(target, V, V), sample_tail(target, V, V - len(set(target.tolist()) - {-100}))):
+        assert tail.token_ids.tolist() == list(range(V)) and not tail.log_weight.any()
+        for _, loss in both_forms(logits, target, record, tail=tail, reduction=reduction):
+            torch.testing.assert_close(loss, expected, equal_nan=True, rtol=1e-12, atol=1e-12)
+
+
+@given(logits_and_targets(), taus)
+def test_an_empty_tail_is_no_tail_to_the_last_bit(case, tau):
+    record = record_topk(*case, tau)
+    for (_, without), (_, empty) in zip(both_forms(*case, record, reduction="none"),
+                                        both_forms(*case, record, reduction="none", tail=Tail(torch.arange(0), torch.zeros(0)))):
+        assert torch.equal(without, empty)
+
+
+@given(st.data())
+def test_a_sample_holds_every_gold_surely_and_others_with_the_inverse_of_their_probability(data):
+    _, target = data.draw(logits_and_targets(max_rows=8, sizes=(1, 2, 3, 8, 40)))
+    V, size = data.draw(st.integers(max(1, target.max().item() + 1), 60)), data.draw(st.integers(0, 70))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    tail, golds = sample_tail(target, V, size, generator=generator), set(target.tolist()) - {-100}
+    M0 = V - len(golds)
+    ids = tail.token_ids.tolist()
+    assert ids == sorted(set(ids)) and golds <= set(ids) <= set(range(V)) and len(ids) == len(golds) + min(size, M0)
+    assert (tail.token_ids.dtype, tail.log_weight.dtype) == (torch.int64, torch.float32)
+    expected = reference.tail([j for j in ids if j not in golds], target.tolist(), V)
+    assert (ids, tail.log_weight.tolist()) == (expected[0], pytest.approx(expected[1], rel=EPS[torch.float32]))
+    again = sample_tail(target, V, size, generator=generator.manual_seed(generator.initial_seed()))
+    assert all(torch.equal(a, b) for a, b in zip(tail, again))
+
+
+def test_the_mean_of_the_estimate_over_all_samples_is_what_the_subset_leaves_out():
+    """Over all samples of 2 of the 6 others, each as often as any: by hand, and as sample_tail draws them."""
+    V, target = 8, torch.tensor([0, 3])
+    z = torch.randn(2, V, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    record = record_topk(z, target, 0.5)
+    generator, seen = torch.Generator().manual_seed(0), {}
+    for _ in range(3000):
+        tail = sample_tail(target, V, 2, generator=generator)
+        seen.setdefault(tuple(tail.token_ids.tolist()), []).append(tail)
+    assert len(seen) == 15  # all pairs; a count is binomial with mean 200 and deviation 13.7
+    assert all(abs(len(draws) - 200) < 5 * 13.7 for draws in seen.values())
+    losses = torch.stack([replay_cross_entropy(z, target, record, tail=draws[0], reduction="none") for draws in seen.values()])
+    gold = z[torch.arange(2), target]
+    # exp(L + z_y) = A + B': its mean is the whole partition function, to the rounding of log w in float32
+    assert (losses + gold).exp().mean(0).tolist() == pytest.approx(z.exp().sum(1).tolist(), rel=8 * EPS[torch.float32])
+    assert losses.mean(0).le(F.cross_entropy(z, target, reduction="none")).all()  # R9(b)
+
+
+@pytest.mark.parametrize("form", [0, 1])
+def test_derivatives_and_second_derivatives_with_a_tail(form):
+    torch.manual_seed(0)
+    h, W, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 4), (20, 4), (20,)))
+    y = torch.tensor([3, 19, -100, 0, 7, 7])
+    record, tail = record_topk(h @ W.T + b, y, 0.5), sample_tail(y, 20, 5)
+    function = (lambda h, W, b: replay_cross_entropy(h @ W.T + b, y, record, tail=tail),
+                lambda h, W, b: linear_replay_cross_entropy(h, W, y, record, linear_bias=b, tail=tail))[form]
+    assert torch.autograd.gradcheck(function, (h, W, b)) and torch.autograd.gradgradcheck(function, (h, W, b))
+    for wanted in ((h, W, b), (h,), (W,)):
+        inputs = (x if any(x is w for w in wanted) else x.detach() for x in (h, W, b))
+        assert all(gradient.requires_grad for gradient in torch.autograd.grad(function(*inputs), wanted, create_graph=True))
+
+
+def test_a_tail_is_gathered_to_the_same_loss_and_gradients(monkeypatch):
+    torch.manual_seed(0)
+    h, W, y = torch.randn(6, 4, requires_grad=True), torch.randn(20, 4, requires_grad=True), torch.arange(6)
+    record, tail = record_topk(h @ W.T, y, 0.5), sample_tail(y, 20, 4)
+    loss = linear_replay_cross_entropy(h, W, y, record, tail=tail)
+    expected = loss, *torch.autograd.grad(loss, (h, W))
+    monkeypatch.setattr(logits_replay, "SAMPLED_ON", ())
+    loss = linear_replay_cross_entropy(h, W, y, record, tail=tail)
+    torch.testing.assert_close((loss, *torch.autograd.grad(loss, (h, W))), expected, rtol=0, atol=8 * 2.0**-23 * 10)
+
+
+def test_a_frozen_head_or_body_gets_no_gradient_from_the_tail():
+    for h, W in itertools.product((torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)), (torch.randn(9, 4), torch.randn(9, 4, requires_grad=True))):
+        y = torch.arange(3)
+        loss = linear_replay_cross_entropy(h, W, y, record_topk(h @ W.T, y, 0.5), tail=sample_tail(y, 9, 2))
+        if loss.requires_grad:
+            with Watch() as seen:
+                loss.backward()
+            assert seen.products == 2 * (h.requires_grad + W.requires_grad)  # two each: the record's and the tail's
+        assert (h.grad is not None, W.grad is not None) == (h.requires_grad, W.requires_grad)
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_huge_logits_of_a_tail_stay_finite(size):
+    z = torch.tensor([[size, 0.0, -size], [-size, size, 0.0]], requires_grad=True)
+    record, y = ReplayRecord(torch.tensor([2, 0], dtype=torch.int32), torch.arange(3), torch.zeros(2), 3, 0.5), torch.tensor([2, 0])
+    for leaf, loss in both_forms(z, y, record, tail=everything(3), reduction="none"):
+        assert loss.isfinite().all() and torch.autograd.grad(loss.sum(), leaf)[0].isfinite().all()
+        assert loss.tolist() == pytest.approx(F.cross_entropy(z, y, reduction="none").tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("sampled_on", [("cpu",), ()])
+def test_a_tail_is_accumulated_in_float32_under_autocast_too(dtype, autocast, sampled_on, monkeypatch):
+    monkeypatch.setattr(logits_replay, "SAMPLED_ON", sampled_on)
+    torch.manual_seed(0)
+    h, W, y = torch.randn(8, 64).to(dtype), torch.randn(500, 64).to(dtype) / 8, torch.randint(500, (8,))
+    record, tail = record_topk(h @ W.T, y, 0.5), sample_tail(y, 500, 100)
+    exact = linear_replay_cross_entropy(h.double(), W.double(), y, record, tail=tail)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        mine = linear_replay_cross_entropy(h.requires_grad_(), W.requires_grad_(), y, record, tail=tail)
+    assert mine.dtype == torch.float32 and mine.item() == pytest.approx(exact.item(), rel=64 * 2.0**-23)  # 64 products
+    mine.backward()
+    assert h.grad.dtype == W.grad.dtype == dtype
+
+
+def test_the_linear_form_with_a_tail_never_makes_an_N_by_V_tensor():
+    N, V, d = 300, 5000, 4
+    h, W, y = torch.randn(N, d, requires_grad=True), torch.randn(V, d, requires_grad=True), torch.randint(40, (N,))
+    record, tail = ReplayRecord(y.int(), torch.arange(N + 1), torch.zeros(N), V, 0.5), sample_tail(y, V, 50)
+    with Watch() as seen:
+        linear_replay_cross_entropy(h, W, y, record, tail=tail).backward()
+    assert seen.elements <= max(V * d, N * (len(tail.token_ids) + 1))  # dL/dW, and (N, M) with one column to spare
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_an_ignored_row_takes_no_part_in_the_tail_whatever_it_holds(reduction):
+    torch.manual_seed(0)
+    h, W, y = torch.randn(3, 4), torch.randn(9, 4, requires_grad=True), torch.tensor([1, -100, 2])
+    record, tail = record_topk(h @ W.T, y, 0.5), sample_tail(y, 9, 3)
+    h[1] = math.nan
+    h.requires_grad_()
+    loss = linear_replay_cross_entropy(h, W, y, record, tail=tail, reduction=reduction)
+    kept = linear_replay_cross_entropy(h[::2], W, y[::2], record.select([0, 2]), tail=tail, reduction=reduction)
+    torch.testing.assert_close(loss[::2] if reduction == "none" else loss, kept)
+    (dh, dW), (dh_kept, dW_kept) = (torch.autograd.grad(x.sum(), (h, W)) for x in (loss, kept))
+    torch.testing.assert_close((dh, dW), (dh_kept, dW_kept), rtol=0, atol=8 * EPS[torch.float32] * 4)
+    assert not dh[1].any()
+
+
+IDS, WEIGHTS = torch.tensor([0, 2]), torch.zeros(2)
+
+
+@pytest.mark.parametrize("tail, message", [
+    ((torch.tensor([0, 4]), WEIGHTS), r"tail.token_ids must lie in \[0, 4\) \(row 1\)"),
+    ((torch.tensor([-1, 2]), WEIGHTS), r"tail.token_ids must lie in \[0, 4\) \(row 0\)"),
+    ((torch.tensor([2, 2]), WEIGHTS), r"tail.token_ids must be ascending without duplicates \(row 1\)"),
+    ((torch.tensor([2, 0]), WEIGHTS), r"ascending without duplicates \(row 1\)"),
+    ((IDS, torch.tensor([0.0, math.nan])), r"tail.log_weight must be finite \(row 1\)"),
+    ((IDS, torch.tensor([-math.inf, 0.0])), r"tail.log_weight must be finite \(row 0\)"),
+    ((IDS, torch.zeros(3)), r"tail must hold token_ids \(M,\)"), ((IDS, torch.zeros(2, dtype=torch.int64)), "tail must hold"),
+    ((IDS.int(), WEIGHTS), "tail must hold"), ((IDS[None], WEIGHTS[None]), "tail must hold"),
+    ((IDS.to("meta"), WEIGHTS), "tail must be on the target's device, cpu"), ((IDS, WEIGHTS.to("meta")), "tail must be on"),
+])
+def test_bad_tails_are_refused_by_both_forms(tail, message):
+    for form in (lambda: replay_cross_entropy(Z, Y, RECORD, tail=Tail(*tail)),
+                 lambda: linear_replay_cross_entropy(Z, torch.eye(4), Y, RECORD, tail=Tail(*tail))):
+        with pytest.raises(ValueError, match=message):
+            form()
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(size=-1), "size must be at least 0"), (dict(vocab_size=0), "vocab_size must lie"),
+    (dict(target=torch.tensor([2, 4, 0])), r"target must lie in \[0, 4\).*row 1"),
+    (dict(target=torch.tensor([2, 1, -1])), r"target.*row 2"), (dict(target=torch.tensor([2.0])), "target must hold integers")])
+def test_bad_input_to_sample_tail(change, message):
+    with pytest.raises(ValueError, match=message):
+        sample_tail(**{**dict(target=Y, vocab_size=4, size=1), **change})
+
+
+def test_a_tail_token_whose_logit_is_not_finite_is_refused_by_row():
+    W = torch.eye(4)
+    W[3] = math.inf  # not recorded for row 1; 0 * inf is nan there
+    tail = Tail(torch.tensor([3]), torch.zeros(1))
+    with pytest.raises(ValueError, match=r"must be finite \(row 0\)"):
+        linear_replay_cross_entropy(Z, W, Y, RECORD, tail=tail)
+    huge = torch.full((1, 2), 3e38)  # finite, but their sum is not
+    record = ReplayRecord(torch.tensor([0], dtype=torch.int32), torch.arange(2), torch.zeros(1), 2, 0.5)
+    assert linear_replay_cross_entropy(huge, torch.eye(2), torch.tensor([0]), record, tail=everything(2)).isfinite()
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
