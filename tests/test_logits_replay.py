@@ -204,8 +204,10 @@ def test_derivatives_and_second_derivatives(form):
                 lambda h, W, b: linear_replay_cross_entropy(h, W, y, record, linear_bias=b))[form]
     assert torch.autograd.gradcheck(function, (h, W, b)) and torch.autograd.gradgradcheck(function, (h, W, b))
     for wanted in ((h, W, b), (h,), (W,)):  # gradgradcheck passes over a gradient that cannot be differentiated again
-        inputs = (x if any(x is w for w in wanted) else x.detach() for x in (h, W, b))
-        assert all(gradient.requires_grad for gradient in torch.autograd.grad(function(*inputs), wanted, create_graph=True))
+        inputs = [x if any(x is w for w in wanted) else x.detach() for x in (h, W, b)]
+        twice = torch.autograd.grad(function(*inputs), wanted, create_graph=True)
+        assert all(gradient.requires_grad for gradient in twice)
+        torch.testing.assert_close(twice, torch.autograd.grad(function(*inputs), wanted), rtol=0, atol=1e-14)  # the fast path's
 
 
 def test_where_torch_cannot_sample_the_logits_are_gathered_to_the_same_loss_and_gradients(monkeypatch):
@@ -414,8 +416,10 @@ def test_derivatives_and_second_derivatives_with_a_tail(form):
                 lambda h, W, b: linear_replay_cross_entropy(h, W, y, record, linear_bias=b, tail=tail))[form]
     assert torch.autograd.gradcheck(function, (h, W, b)) and torch.autograd.gradgradcheck(function, (h, W, b))
     for wanted in ((h, W, b), (h,), (W,)):
-        inputs = (x if any(x is w for w in wanted) else x.detach() for x in (h, W, b))
-        assert all(gradient.requires_grad for gradient in torch.autograd.grad(function(*inputs), wanted, create_graph=True))
+        inputs = [x if any(x is w for w in wanted) else x.detach() for x in (h, W, b)]
+        twice = torch.autograd.grad(function(*inputs), wanted, create_graph=True)
+        assert all(gradient.requires_grad for gradient in twice)
+        torch.testing.assert_close(twice, torch.autograd.grad(function(*inputs), wanted), rtol=0, atol=1e-14)  # the fast path's
 
 
 def test_a_tail_is_gathered_to_the_same_loss_and_gradients(monkeypatch):
