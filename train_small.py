@@ -243,11 +243,7 @@ def evaluate(model, data, device, part="test"):
     return {"domain_nll": nll(model, *getattr(data, f"domain_{part}"), device),
             "domain_accuracy": right / len(questions),
             "general_nll": nll(model, *getattr(data, f"general_{part}"), device),
-            "samples": [" ".join(answer.split())[:100] for answer in three(answers)]}
-
-
-def three(things):
-    return things[::max(1, len(things) // 3)][:3]
+            "samples": [" ".join(answer.split())[:100] for answer in answers[:3]]}
 
 
 def outside_mass_probe(tokens, targets, device):
@@ -429,8 +425,9 @@ SPOKEN = {"site": ["sites", "towers", "locations"], "cell": ["cells", "sectors",
           "alarm": ["alarms", "faults", "incidents"], "city": ["city", "town"],
           "vendor": ["vendor", "supplier", "maker"], "height": ["height", "elevation"], "year": ["year", "build date"],
           "band": ["band", "frequency"], "power": ["power", "output"], "users": ["users", "load"],
-          "kind": ["kind", "type", "category"],
-          "severity": ["severity", "level"], "hours": ["hours", "duration"], "cost": ["cost", "price"]}
+          "kind": ["kind", "type", "category"], "severity": ["severity", "level"], "hours": ["hours", "duration"],
+          "cost": ["cost", "price"]}
+
 # questions => SQL; an indented line continues the one above. {t} table, {i} its name column, {c} = {v} and
 # {u}.{e} = {w} text columns with a value, {n} a number column, {x} {y} numbers, {k} a small one, {o} an operator,
 # {g} an aggregate, {s} a sort order. Upper case: the same as people say it.
@@ -572,27 +569,26 @@ def prepare(settings, per_form, windows=200):
     names = sorted(documents)
     rng.shuffle(names)
     n = len(names) // 20
-    general_test, general_validation, general_train = (
-        "\n\n".join(documents[name] for name in part) for part in (names[:n], names[n:2 * n], names[2 * n:]))
-    counts = collections.Counter(re.findall(r"\b[a-z]{4,9}\b", general_train))
+    general = {"test": names[:n], "validation": names[n:2 * n], "train": names[2 * n:]}
+    general = {part: "\n\n".join(documents[name] for name in members) for part, members in general.items()}
+    counts = collections.Counter(re.findall(r"\b[a-z]{4,9}\b", general["train"]))
     words = {w for w, _ in counts.most_common(100)} | set(re.findall(r"[A-Za-z]{3,}", f"{TELECOM} {SPOKEN}"))
     schemas = [random_schema(rng, sorted(words)) for _ in range(settings["schemas"])]
     other = [ask(rng, rng.choice(list(FORMS)), rng.choice(schemas), {}) for _ in range(settings["sql_examples"])]
     database = Database(rng)
-    train, validation, test = domain_split(rng, database, per_form)
-    tokenizer = Tokenizer(general_train + "".join(f"{prompt(q)} {sql}" for q, sql in other), V)
-    prose = torch.tensor(tokenizer.encode(general_train))
+    domain = dict(zip(("train", "validation", "test"), domain_split(rng, database, per_form)))
+    tokenizer = Tokenizer(general["train"] + "".join(f"{prompt(q)} {sql}" for q, sql in other), V)
+    prose = torch.tensor(tokenizer.encode(general["train"]))
     sql = torch.tensor([i for q, sql in other for i in tokenizer.encode(f"{prompt(q)} {sql}") + [tokenizer.end]])
 
-    def held_out(text):
+    def windowed(text):
         x = torch.tensor(tokenizer.encode(text)).unfold(0, CONTEXT + 1, CONTEXT)[:windows]
         return x[:, :-1], x[:, 1:]
 
     return SimpleNamespace(
-        tokenizer=tokenizer, database=database, streams=[prose, sql, sql], fingerprint=digest(general_train, other),
-        train=train, validation=validation, test=test, domain_train=encode_domain(tokenizer, train),
-        domain_validation=encode_domain(tokenizer, validation), domain_test=encode_domain(tokenizer, test),
-        general_validation=held_out(general_validation), general_test=held_out(general_test))
+        tokenizer=tokenizer, database=database, streams=[prose, sql, sql], fingerprint=digest(general["train"], other),
+        general_validation=windowed(general["validation"]), general_test=windowed(general["test"]),
+        **domain, **{f"domain_{part}": encode_domain(tokenizer, pairs) for part, pairs in domain.items()})
 
 
 def load_base(data, settings, out, device):
@@ -674,16 +670,16 @@ def arguments():
         args.steps, args.seeds, args.per_form, args.windows, base = 5, [0], 16, 40, QUICK_BASE
         args.out = args.out / "quick"
     args.base = dict(base, seed=args.base_seed)
-    seeds = range(2**31)
-    for option, ok, rule in (
-            ("--tau", 0 < args.tau <= 1, "lie in (0, 1]"), ("--tail", args.tail >= 0, "be at least 0"),
-            ("--max-angle", 0 <= args.max_angle <= 180, "lie in [0, 180]"),
-            ("--lr", 0 < args.lr < math.inf, "be positive and finite"),
-            ("--steps", args.steps >= 1, "be at least 1"), ("--batch", args.batch >= 1, "be at least 1"),
-            ("--seeds", all(seed in seeds for seed in args.seeds), "lie in [0, 2**31)"),
-            ("--base-seed", args.base_seed in seeds, "lie in [0, 2**31)")):
-        if not ok:
-            parser.error(f"{option} must {rule}")
+    rules = {"--tau must lie in (0, 1]": 0 < args.tau <= 1,
+             "--tail must be at least 0": args.tail >= 0,
+             "--max-angle must lie in [0, 180]": 0 <= args.max_angle <= 180,
+             "--lr must be positive and finite": 0 < args.lr < math.inf,
+             "--steps and --batch must be at least 1": min(args.steps, args.batch) >= 1,
+             "--seeds must lie in [0, 2**31)": all(0 <= seed < 2**31 for seed in args.seeds),
+             "--base-seed must lie in [0, 2**31)": 0 <= args.base_seed < 2**31}
+    for rule, kept in rules.items():
+        if not kept:
+            parser.error(rule)
     return args
 
 
@@ -742,7 +738,7 @@ def main():
 
     print()
     print_table(base, runs)
-    for i, (question, gold) in enumerate(three(data.test)):
+    for i, (question, gold) in enumerate(data.test[:3]):
         print(f"\n{question}?\n  {'gold':14}{gold}")
         for run in [base, *runs[:len(args.methods)]]:
             print(f"  {run['method']:14}{run['samples'][i]}")
