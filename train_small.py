@@ -54,8 +54,22 @@ METHODS = ("full+adamw", "full+moclip", "replay+adamw", "replay+moclip", "tail+a
 
 # ----------------------------------------------------------------------------------------------------------- 1. Stage 0
 
-def prompt(question):
-    return f"Question: {question}?\nSQL:"
+@torch.no_grad()
+def stage0(model, tokens, targets, tau, device):
+    """Stage 0: record S_t for every scored position, in row-major order, under the model as it is."""
+    model.eval()
+    records = []
+    for x, y in tqdm(list(zip(tokens.split(64), targets.split(64))), "Stage 0: recording", disable=None):
+        hidden, gold = scored_hidden(model, x, y, device)
+        records.append(record_topk(hidden @ model.embedding.weight.T, gold, tau))
+    return ReplayRecord.concat(records)
+
+
+def scored_hidden(model, tokens, targets, device):
+    """The model's hidden states (N, d) at the positions with a target, in row-major order, and those targets (N,)."""
+    scored = targets != IGNORE
+    used = int(scored.any(0).nonzero().max()) + 1  # the rest is padding
+    return model(tokens[:, :used].to(device))[scored[:, :used].to(device)], targets[scored].to(device)
 
 
 def encode_domain(tokenizer, pairs):
@@ -69,22 +83,8 @@ def encode_domain(tokenizer, pairs):
     return tokens, targets
 
 
-def scored_hidden(model, tokens, targets, device):
-    """The model's hidden states (N, d) at the positions with a target, in row-major order, and those targets (N,)."""
-    scored = targets != IGNORE
-    used = int(scored.any(0).nonzero().max()) + 1  # the rest is padding
-    return model(tokens[:, :used].to(device))[scored[:, :used].to(device)], targets[scored].to(device)
-
-
-@torch.no_grad()
-def stage0(model, tokens, targets, tau, device):
-    """Record S_t for every scored position, in row-major order, under the model as it is."""
-    model.eval()
-    records = []
-    for x, y in tqdm(list(zip(tokens.split(64), targets.split(64))), "Stage 0: recording", disable=None):
-        hidden, gold = scored_hidden(model, x, y, device)
-        records.append(record_topk(hidden @ model.embedding.weight.T, gold, tau))
-    return ReplayRecord.concat(records)
+def prompt(question):
+    return f"Question: {question}?\nSQL:"
 
 
 # ----------------------------------------------------------------------------------------------------------- 2. Stage 1
@@ -104,7 +104,8 @@ def scorer(method, record, args, generator):
 
     def tail(hidden, head, gold, rows):
         from logits_replay import sample_tail
-        # L_t = log( sum over S_t of exp z_j + sum over R \ S_t of w_j exp z_j ) - z_y,   R a random sample, weights w
+        # L_t = log( sum over S_t of exp z_j + sum over R \ S_t of w_j exp z_j ) - z_y,   R: args.tail random tokens and
+        # the golds of the batch; 1 / w_j: the probability that j is in R
         sample = sample_tail(gold, len(head), args.tail, generator=generator)
         return linear_replay_cross_entropy(hidden, head, gold, record.select(rows), tail=sample)
 

@@ -185,17 +185,21 @@ def test_what_happens_is_said_before_it_happens_also_where_output_is_no_terminal
 
 
 def test_the_base_seed_shapes_data_and_base(tiny, monkeypatch):
-    made = []
-    for seed in ("0", "1", "0"):
-        settings = dict(script.QUICK_BASE, seed=int(seed))
-        data = script.prepare(settings, 16, 2)
-        tiny.mkdir(parents=True, exist_ok=True)
-        state, key = script.load_base(data, settings, tiny, CPU)
-        made.append((key, data.test, state["embedding.weight"]))
-    assert made[0][:2] == made[2][:2] and torch.equal(made[0][2], made[2][2])
-    assert made[0][0] != made[1][0] and made[0][1] != made[1][1] and not torch.equal(made[0][2], made[1][2])
-    held_out = [getattr(data, f"general_{part}")[0] for part in ("validation", "test")]
-    assert not torch.equal(*held_out)  # general text, too, has a part for choices and a part for the report
+    evaluated, arguments = [], [*sys.argv, "--methods", "full+adamw", "--base-seed"]
+    measured = {"general_nll": 0.0, "domain_nll": 0.0, "domain_accuracy": 0.0, "samples": ["", "", ""]}
+    monkeypatch.setattr(script, "evaluate", lambda model, data, device: evaluated.append(data) or dict(measured))
+    bases = []
+    for seed in ("0", "1"):
+        monkeypatch.setattr(sys, "argv", [*arguments, seed])
+        script.main()
+        results = json.loads((tiny / "results.json").read_text())
+        assert results["config"]["base"] == dict(script.QUICK_BASE, seed=int(seed))
+        bases.append(results["base"])
+    assert bases[0]["key"] != bases[1]["key"] and bases[0]["fingerprint"] != bases[1]["fingerprint"]
+    first, last = evaluated[0], evaluated[-1]
+    assert first.test != last.test and first.database.rows("SELECT * FROM site") != last.database.rows("SELECT * FROM site")
+    # general text, too, has a part for choices and a part for the report
+    assert not torch.equal(first.general_validation[0], first.general_test[0])
 
 
 def test_each_part_is_evaluated_on_its_own_questions_and_text(database, monkeypatch):
@@ -217,7 +221,8 @@ def test_each_part_is_evaluated_on_its_own_questions_and_text(database, monkeypa
 def test_the_table_fits_a_terminal_and_shows_the_spread_below_the_mean(capsys):
     base = {"method": "base", "domain_accuracy": 0.001, "domain_nll": 4.25}
     wide = {"domain_accuracy": 1.0, "forgetting": -10.125, "domain_nll": 10.25, "outside_mass_end": 0.5,
-            "step_ms": 12345.0, "head_ms": 12345.0, "stage0_s": 1234.5, "total_s": 12345.5, "angle_mean_deg": 180.0, "clip_fraction": 1.0}
+            "step_ms": 12345.0, "head_ms": 12345.0, "stage0_s": 1234.5, "total_s": 12345.5,
+            "angle_mean_deg": 180.0, "clip_fraction": 1.0}
     runs = [{**wide, "method": method, "seed": seed, "domain_nll": 10.25 + seed}
             for seed in (0, 2) for method in script.METHODS]
     script.print_table(base, runs)
