@@ -197,7 +197,8 @@ def test_the_base_seed_shapes_data_and_base(tiny, monkeypatch):
         bases.append(results["base"])
     assert bases[0]["key"] != bases[1]["key"] and bases[0]["fingerprint"] != bases[1]["fingerprint"]
     first, last = evaluated[0], evaluated[-1]
-    assert first.test != last.test and first.database.rows("SELECT * FROM site") != last.database.rows("SELECT * FROM site")
+    assert first.test != last.test
+    assert first.database.rows("SELECT * FROM site") != last.database.rows("SELECT * FROM site")
     # general text, too, has a part for choices and a part for the report
     assert not torch.equal(first.general_validation[0], first.general_test[0])
 
