@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from logits_replay import ReplayRecord, linear_replay_cross_entropy, outside_mass, record_topk
+from logits_replay import ReplayRecord, linear_replay_cross_entropy, outside_mass, record_topk, sample_tail
 from moclip import MoClip
 
 V, WIDTH, LAYERS, HEADS, CONTEXT = 12288, 192, 2, 6, 80
@@ -103,7 +103,6 @@ def scorer(method, record, args, generator):
         return linear_replay_cross_entropy(hidden, head, gold, record.select(rows))
 
     def tail(hidden, head, gold, rows):
-        from logits_replay import sample_tail
         # L_t = log( sum over S_t of exp z_j + sum over R \ S_t of w_j exp z_j ) - z_y,   R: args.tail random tokens and
         # the golds of the batch; 1 / w_j: the probability that j is in R
         sample = sample_tail(gold, len(head), args.tail, generator=generator)
