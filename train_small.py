@@ -604,6 +604,11 @@ def load_base(data, settings, out, device):
     return torch.load(path, weights_only=True), key
 
 
+def fingerprint(state):
+    """What tells one base from another: two machines may round differently and make two from one seed."""
+    return hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in state.values())).hexdigest()[:16]
+
+
 def write_atomically(path, write):
     """`write(temporary path)`, then rename: a crash leaves the old file or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
@@ -695,9 +700,8 @@ def main():
     state, key = load_base(data, args.base, args.out, device)
     base_model = Model().to(device)
     base_model.load_state_dict(state)
-    # two machines may round differently: one key, two sets of weights
-    fingerprint = hashlib.sha256(b"".join(value.numpy().tobytes() for value in state.values())).hexdigest()[:16]
-    base = {"method": "base", "key": key, "fingerprint": fingerprint,
+    mark = fingerprint(state)
+    base = {"method": "base", "key": key, "fingerprint": mark,
             "parameters": sum(p.numel() for p in base_model.parameters()), **evaluate(base_model, data, device)}
 
     # Stage 0, once, under the base
@@ -718,14 +722,14 @@ def main():
                "threads": torch.get_num_threads()}
     runs, plan = [], list(itertools.product(args.seeds, args.methods))
     for i, (seed, method) in enumerate(plan, 1):
-        path = args.out / f"run-{digest(config, key, fingerprint, sources, method, seed)}.json"
+        path = args.out / f"run-{digest(config, key, mark, sources, method, seed)}.json"
         if path.exists():
             say(f"Stage 1, run {i} of {len(plan)}: {method}, seed {seed}, is finished: {path}")
         else:
             say(f"Stage 1, run {i} of {len(plan)}: {method}, seed {seed}, {args.steps} steps, "
                 f"{about(args.steps * args.batch * FINE_TUNING)}")
             model = copy.deepcopy(base_model)
-            run = {"method": method, "seed": seed, "base": fingerprint, "record_bytes_per_position": size,
+            run = {"method": method, "seed": seed, "base": mark, "record_bytes_per_position": size,
                    "stage0_s": 0.0 if method.startswith("full") else stage0_s}
             run |= finetune(model, method, data.domain_train, record, probe, args, seed, device)
             run |= evaluate(model, data, device)

@@ -1,0 +1,206 @@
+"""The arms that the six methods of train_small.py are compared with, and the controls that take one part away.
+
+Each is a function of `c`, a namespace with the model, the base (frozen), data, record, args, seed and generator of a run;
+it returns (score, optimizer) as `train_small.finetune` takes them, None for the method's own. Mean nats per position.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_small as script  # noqa: E402  (its folder is on the path only now)
+from logits_replay import ReplayRecord, Tail, linear_replay_cross_entropy, sample_tail  # noqa: E402
+from moclip import MoClip  # noqa: E402
+
+GENERAL = 0.1  # weight of the general text in `mixed`: 10 % of the loss, on 3 windows of 80 tokens a batch
+
+
+def own(c):
+    return script.scorer(c.method, c.record, c.args, c.generator)
+
+
+def head_frozen(c):
+    """The head (tied: the embedding too) stays that of the base."""
+    c.model.embedding.weight.requires_grad_(False)
+    return None, None
+
+
+def head_rows_of_the_batch(c):
+    """The method's loss, but the head's gradient is zeroed outside the batch's recorded tokens, golds included (R10)."""
+    score = own(c)
+
+    def restricted(hidden, head, gold, rows):
+        keep = torch.zeros(len(head), 1, dtype=torch.bool)
+        keep[c.record.select(rows).token_ids.long()] = True
+        view = head.view_as(head)
+        view.register_hook(lambda gradient: gradient * keep)
+        return score(hidden, view, gold, rows)
+    return restricted, None
+
+
+def general_windows(c, count=3):
+    """A function that returns `count` random windows of the general training text, (count, T + 1)."""
+    prose, generator = c.data.streams[0], torch.Generator().manual_seed(c.seed)
+    windows = prose.unfold(0, script.CONTEXT + 1, 1)
+    return lambda: windows[torch.randint(len(windows), (count,), generator=generator)]
+
+
+def mixed(c):
+    """General text mixed into the batches: (1 - GENERAL) L + GENERAL (cross-entropy on general text)."""
+    score, windows = own(c), general_windows(c)
+
+    def with_text(hidden, head, gold, rows):
+        x = windows()
+        general = F.linear_cross_entropy(c.model(x[:, :-1]).flatten(0, 1), head, x[:, 1:].flatten())
+        return (1 - GENERAL) * score(hidden, head, gold, rows) + GENERAL * general
+    return with_text, None
+
+
+def kl_to_base(c):
+    """Domain self-constraint: L + KL(base, model) on general text."""
+    score, windows = own(c), general_windows(c)
+
+    def constrained(hidden, head, gold, rows):
+        x = windows()[:, :-1]
+        with torch.no_grad():
+            reference = (c.base(x) @ c.base.embedding.weight.T).log_softmax(-1).flatten(0, 1)
+        mine = (c.model(x) @ head.T).log_softmax(-1).flatten(0, 1)
+        return score(hidden, head, gold, rows) + F.kl_div(mine, reference, reduction="batchmean", log_target=True)
+    return constrained, None
+
+
+class MatchedAdamW(torch.optim.AdamW):
+    """AdamW's direction with the length of the step that MoClip would take from the same point."""
+
+    def __init__(self, params, args):
+        super().__init__(params, args.lr, weight_decay=0.0)
+        self.params = self.param_groups[0]["params"]
+        self.shadow = [torch.nn.Parameter(p.detach().clone()) for p in self.params]
+        self.moclip = MoClip(self.shadow, args.lr)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        start = [p.clone() for p in self.params]
+        for p, q in zip(self.params, self.shadow):
+            q.copy_(p)
+            q.grad = p.grad
+        self.moclip.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        self.moclip.step()
+        super().step()
+        length = lambda ends: torch.stack([(end - p).norm() for end, p in zip(ends, start)]).norm()
+        scale = length(self.shadow) / length(self.params).clamp(min=1e-30)
+        for p, p0 in zip(self.params, start):
+            p.copy_(p0 + scale * (p - p0))
+
+
+def matched_norm(c):
+    return None, MatchedAdamW(c.model.parameters(), c.args)
+
+
+class TorqueAdamW(torch.optim.Optimizer):
+    """Torque-aware momentum (arXiv:2412.18790) in AdamW, the cap's soft relative: m takes d g, d = (1 + s) / 2, where s
+    is the running mean of cos(g, m); v takes g. betas (0.9, 0.999), running mean 0.9, no weight decay."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
+        self.cosine, self.steps = torch.zeros(()), 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        params = [p for p in self.param_groups[0]["params"] if p.grad is not None]
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+        dot = lambda xs, ys: sum((x * y).sum() for x, y in zip(xs, ys))
+        g, m = [p.grad for p in params], [self.state[p]["m"] for p in params]
+        cosine = dot(g, m) / (dot(g, g) * dot(m, m)).sqrt().clamp(min=1e-30)
+        self.steps, self.cosine = self.steps + 1, 0.9 * self.cosine + 0.1 * cosine
+        for p in params:
+            m, v = self.state[p]["m"].mul_(0.9), self.state[p]["v"].mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
+            m.add_(0.1 * (1 + self.cosine) / 2 * p.grad)
+            p -= self.param_groups[0]["lr"] * (m / (1 - 0.9**self.steps)) / ((v / (1 - 0.999**self.steps)).sqrt() + 1e-8)
+
+
+def torque_aware(c):
+    return None, TorqueAdamW(c.model.parameters(), c.args.lr)
+
+
+def gold_only(c):
+    """No record at all: S_t = {y_t}, and the tail. No Stage 0."""
+    def score(hidden, head, gold, rows):
+        record = ReplayRecord(gold.int(), torch.arange(len(gold) + 1), torch.zeros(len(gold)), len(head), 1.0)
+        tail = sample_tail(gold, len(head), c.args.tail, generator=c.generator)
+        return linear_replay_cross_entropy(hidden, head, gold, record, tail=tail)
+    return score, None
+
+
+def uniform_only(c):
+    """A tail without the golds: size of V tokens uniformly, each with weight V / size."""
+    def score(hidden, head, gold, rows):
+        V, size = len(head), c.args.tail
+        tail = Tail(torch.randperm(V, generator=c.generator)[:size].sort().values, torch.full((size,), V / size).log())
+        return linear_replay_cross_entropy(hidden, head, gold, c.record.select(rows), tail=tail)
+    return score, None
+
+
+def frozen_sum(c):
+    """A ghost token: what the base's logits add up to outside S_t stays in the sum, as a constant."""
+    ghosts = []
+    with torch.no_grad():
+        for x, y, rows in zip(*(part.split(64) for part in (*c.data.domain_train, script.record_rows(c.data.domain_train[1])))):
+            hidden, _ = script.scored_hidden(c.base, x, y, torch.device("cpu"))
+            z, record = hidden @ c.base.embedding.weight.T, c.record.select(rows[y != script.IGNORE])
+            ghosts.append(z.index_put((record.rows, record.token_ids.long()), torch.tensor(-torch.inf)).logsumexp(1))
+    ghosts = torch.cat(ghosts)
+
+    def score(hidden, head, gold, rows):
+        loss = linear_replay_cross_entropy(hidden, head, gold, c.record.select(rows), reduction="none")
+        log_inside = loss + (hidden * head[gold]).sum(1)  # log of the sum over S_t
+        return (loss + F.softplus(ghosts[rows] - log_inside)).mean()
+    return score, None
+
+
+def recorded_at(steps):
+    """Stage 0 late, or again: before these steps, with the model as it is then; the full softmax before the first."""
+    def build(c):
+        count, record = 0, None
+
+        def score(hidden, head, gold, rows):
+            nonlocal count, record
+            if count in steps:
+                record = script.stage0(c.model, *c.data.domain_train, c.args.tau, torch.device("cpu"))
+                c.model.train()
+            count += 1
+            if record is None:
+                return F.linear_cross_entropy(hidden, head, gold)
+            return linear_replay_cross_entropy(hidden, head, gold, record.select(rows))
+        return score, None
+    return build
+
+
+def bfloat16(c):
+    c.model.bfloat16()
+    return None, None
+
+
+def spikes(c):
+    """Every 20th gradient is a thousand times too large."""
+    score, count = own(c), 0
+
+    def spiked(*args):
+        nonlocal count
+        count += 1
+        loss = score(*args)
+        return loss + 999 * (loss - loss.detach()) if count % 20 == 0 else loss
+    return spiked, None
+
+
+VARIANTS = {"": lambda c: (None, None), "head frozen": head_frozen, "head rows of the batch": head_rows_of_the_batch,
+            "mixed": mixed, "KL to base": kl_to_base, "matched norm": matched_norm, "torque-aware": torque_aware,
+            "gold only": gold_only, "uniform only": uniform_only, "frozen sum": frozen_sum,
+            "recorded at 40": recorded_at({40}), "recorded every epoch": recorded_at({0, 69, 138}),
+            "bfloat16": bfloat16, "spikes": spikes}
