@@ -435,7 +435,8 @@ class _SampledLogits(torch.autograd.Function):
         ctx.save_for_backward(h, W, rows, offsets, ids, tail_ids)
         pattern = torch.sparse_csr_tensor(offsets, ids, h.new_zeros(len(ids)), (len(h), len(W)), check_invariants=False)
         with torch.autocast(h.device.type, enabled=False):
-            z = torch.sparse.sampled_addmm(pattern, h, W.t(), beta=0).values()
+            # detached from the sparse tensor that it is a view of: torch.compile looks for strides there
+            z = torch.sparse.sampled_addmm(pattern, h, W.t(), beta=0).values().detach()
             return z, None if tail_ids is None else h @ W[tail_ids].t()
 
     @staticmethod

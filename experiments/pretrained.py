@@ -1,19 +1,19 @@
-"""A pretrained Hugging Face causal LM on the domain of train_small.py, with its own tokenizer, by the Hugging Face Trainer.
+"""A pretrained Hugging Face causal LM on the domain of train_small.py, with its own tokenizer, by the Trainer.
 
     pip install transformers accelerate                        # and gguf, for a model in a GGUF file
-    python experiments/pretrained.py --model NAME_OR_DIR [--gguf FILE]
+    python experiments/pretrained.py --model NAME_OR_DIR [--gguf FILE] [--seeds 0 1 2]
     torchrun --nproc_per_node 2 experiments/pretrained.py --model NAME_OR_DIR
 
 Stage 0, evaluation and schedule are train_small.py's own functions; the model is only put into the shape that they
 expect. Under torchrun every process records its shard of the corpus and the Trainer wraps the model in DDP (FSDP would
-shard the head, which is applied here outside the model's forward: keep it whole). Each method starts from the pretrained
-weights; what is measured goes to experiments/results/pretrained.json as soon as it is. With --checkpoints a method that
-was interrupted goes on from the Trainer's last checkpoint, with the record that lies beside it.
+shard the head, which is applied here outside the model's forward: keep it whole). Each run starts from the pretrained
+weights; what is measured goes to experiments/results/pretrained.json as soon as it is. With --checkpoints a run that was
+interrupted goes on from the Trainer's last checkpoint, with the record that lies beside it.
 """
 
 import argparse
+import itertools
 import json
-import math
 import os
 import random
 import sys
@@ -24,14 +24,12 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_small as script  # noqa: E402  (its folder is on the path only now)
-from logits_replay import ReplayRecord, linear_replay_cross_entropy, outside_mass  # noqa: E402
-from moclip import MoClip  # noqa: E402
+from logits_replay import ReplayRecord, outside_mass  # noqa: E402
 
 try:
     import accelerate  # noqa: F401  (the Trainer needs it)
@@ -70,29 +68,18 @@ class Hidden(torch.nn.Module):
 
 
 class ReplayTrainer(transformers.Trainer):
-    """Scores the positions that have a target, against the record if there is one, else with the full softmax."""
+    """Scores the positions that have a target with train_small.py's `scorer`; `row_of` are their rows of the record."""
 
-    record = row_of = stage0 = None
-    stage0_s = 0.0
+    score = row_of = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.stage0 and self.record is None and self.state.global_step >= self.record_at:
-            start = time.perf_counter()
-            self.record = self.stage0()
-            self.stage0_s = time.perf_counter() - start
-            self.model.train()
-
         def hidden(ids):  # padding is on the right: no attention mask needed
             return model(input_ids=ids, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
 
         labels = inputs["labels"]
         h, y = script.scored_hidden(hidden, inputs["input_ids"], labels, labels.device)
-        head = self.model.get_output_embeddings().weight
-        if self.record is None:
-            loss = F.linear_cross_entropy(h, head, y)
-        else:
-            rows = self.row_of[inputs["index"].cpu()][labels.cpu() != script.IGNORE]
-            loss = linear_replay_cross_entropy(h, head, y, self.record.select(rows))
+        rows = self.row_of[inputs["index"].cpu()][labels.cpu() != script.IGNORE]
+        loss = self.score(h, self.model.get_output_embeddings().weight, y, rows)
         return (loss, None) if return_outputs else loss
 
 
@@ -114,15 +101,16 @@ def main():
     parser.add_argument("--gguf", help="GGUF file in that folder")
     parser.add_argument("--methods", nargs="+", default=list(script.METHODS), choices=script.METHODS)
     parser.add_argument("--tau", type=float, default=0.95)
-    parser.add_argument("--record-at", type=int, default=0, help="the step before which Stage 0 runs; earlier ones use the full softmax")
+    parser.add_argument("--tail", type=int, default=256, help="tokens that a tail method samples for each batch")
     parser.add_argument("--max-angle", type=float, default=90, help="MoClip's cap, in degrees")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=16, help="examples a step and process")
     parser.add_argument("--train", type=int, default=480, help="training examples")
-    parser.add_argument("--test", type=int, default=42, help="held-out questions and windows of general text")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoints", type=Path, help="folder for the Trainer's checkpoints, three a method (default: none are kept)")
+    parser.add_argument("--test", type=int, default=105, help="questions and windows of general text that are measured")
+    parser.add_argument("--part", choices=("test", "validation"), default="test", help="validation: to choose a setting")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the order of the examples and the tails")
+    parser.add_argument("--checkpoints", type=Path, help="folder for the Trainer's checkpoints, three a run (default: none)")
     parser.add_argument("--results", type=Path, default=ROOT / "experiments/results/pretrained.json")
     args = parser.parse_args()
 
@@ -130,8 +118,8 @@ def main():
     tokens = Tokens(transformers.AutoTokenizer.from_pretrained(args.model, **source))
     arguments = transformers.TrainingArguments(
         tempfile.mkdtemp(), max_steps=args.steps, per_device_train_batch_size=args.batch, remove_unused_columns=False, max_grad_norm=0.0,
-        save_strategy="steps" if args.checkpoints else "no", save_steps=-(-args.steps // 3), report_to=[], logging_strategy="no",
-        seed=args.seed, use_cpu=not torch.cuda.is_available())
+        save_strategy="steps" if args.checkpoints else "no", save_steps=-(-args.steps // 3), report_to=[],
+        logging_strategy="no", use_cpu=not torch.cuda.is_available())
     device, main_process = arguments.device, arguments.process_index == 0  # this also starts the processes' group
 
     def fresh():
@@ -139,22 +127,23 @@ def main():
         model.is_quantized = False  # the weights of a GGUF file are float32 by now; the flag still says otherwise
         return model.to(device)
 
-    rng = random.Random(args.seed)
+    rng = random.Random(0)
     database = script.Database(rng)
-    train, test = script.domain_split(rng, database, 120)
-    train, test = train[:args.train], test[:args.test]
+    train, *held_out = script.domain_split(rng, database, 120)
+    train, questions = train[:args.train], held_out[args.part == "test"][:args.test]
     documents = script.general_documents()
-    prose = "\n\n".join(documents[name] for name in random.Random(args.seed).sample(sorted(documents), 20))
+    prose = "\n\n".join(documents[name] for name in random.Random(args.part).sample(sorted(documents), 40))
     script.CONTEXT = 96
     windows = torch.tensor(tokens.encode(prose)).unfold(0, script.CONTEXT + 1, script.CONTEXT)[:args.test]
-    data = SimpleNamespace(tokenizer=tokens, database=database, test=test, domain_test=script.encode_domain(tokens, test),
-                           general_test=(windows[:, :-1], windows[:, 1:]))
+    data = SimpleNamespace(tokenizer=tokens, database=database, test=questions,
+                           domain_test=script.encode_domain(tokens, questions), general_test=(windows[:, :-1], windows[:, 1:]))
     ids, labels = script.encode_domain(tokens, train)
     dataset = [{"input_ids": x, "labels": y, "index": i} for i, (x, y) in enumerate(zip(ids, labels))]
-    row_of = ((labels != script.IGNORE).flatten().cumsum(0) - 1).view_as(labels)
+    row_of = script.record_rows(labels)
 
-    config = {**{k: str(v) for k, v in vars(args).items() if k not in ("methods", "results", "checkpoints")}, "model": Path(args.model).name, "world": arguments.world_size,
-              "transformers": transformers.__version__, "torch": torch.__version__}
+    config = {k: str(v) for k, v in vars(args).items() if k not in ("methods", "seeds", "results", "checkpoints")}
+    config |= {"model": Path(args.model).name, "world": arguments.world_size, "transformers": transformers.__version__,
+               "torch": torch.__version__}
     studies = json.loads(args.results.read_text()) if args.results.exists() else []
     done = next((study for study in studies if study["config"] == config), None)
     if done is None:
@@ -165,46 +154,47 @@ def main():
         done["runs"].append(row)
         if main_process:
             args.results.parent.mkdir(parents=True, exist_ok=True)
-            script.write_atomically(args.results, lambda temporary: temporary.write_text(json.dumps(studies, indent=1) + "\n"))
+            text = json.dumps(studies, indent=1) + "\n"
+            script.write_atomically(args.results, lambda temporary: temporary.write_text(text))
 
     if not done["runs"]:
         keep({"method": "base", **script.evaluate(Hidden(fresh()), data, device)})
-    for method in args.methods:
-        if any(run["method"] == method for run in done["runs"]):
+    for seed, method in itertools.product(args.seeds, args.methods):
+        if any((run["method"], run.get("seed")) == (method, seed) for run in done["runs"]):
             continue
-        model = fresh()
-        optimizer = (torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0) if method.endswith("adamw") else
-                     MoClip(model.parameters(), args.lr, max_angle=math.radians(args.max_angle)))
-        trainer = ReplayTrainer(model, arguments, train_dataset=dataset, optimizers=(optimizer, script.warmup_then_linear(optimizer, args.steps)))
-        trainer.row_of, trainer.record_at, last = row_of, args.record_at, None
+        model, arguments.seed, last = fresh(), seed, None
         if args.checkpoints:
-            arguments.output_dir = str(args.checkpoints / method)
+            arguments.output_dir = str(args.checkpoints / f"{method}-{seed}")
             last = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).exists() else None
-
-        def stage0():
-            path = Path(arguments.output_dir) / "record.npz"
+        path, record, start = Path(arguments.output_dir) / "record.npz", None, time.perf_counter()
+        if not method.startswith("full"):
             if last and path.exists():
-                return ReplayRecord.load(path).to(device)
-            record = record_shards(Hidden(model), ids, labels, args.tau, device)
+                record = ReplayRecord.load(path).to(device)
+            else:
+                record = record_shards(Hidden(model), ids, labels, args.tau, device).to(device)
             if args.checkpoints and main_process:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 record.save(path)
-            return record.to(device)
-
-        trainer.stage0 = stage0 if method.startswith("replay") else None
-        seconds = trainer.train(resume_from_checkpoint=last).metrics["train_runtime"] - trainer.stage0_s
-        run = {"method": method, "step_ms": 1e3 * seconds / (args.steps - (int(last.rsplit("-")[-1]) if last else 0)), **script.evaluate(Hidden(model), data, device)}
-        run |= {"forgetting": run["general_nll"] - done["runs"][0]["general_nll"], "total_s": None if last else seconds + trainer.stage0_s}
-        record = trainer.record
+        stage0_s = time.perf_counter() - start
+        optimizer = script.make_optimizer(method, model.parameters(), args)
+        schedule = script.warmup_then_linear(optimizer, args.steps)
+        trainer = ReplayTrainer(model, arguments, train_dataset=dataset, optimizers=(optimizer, schedule))
+        trainer.row_of = row_of
+        trainer.score = script.scorer(method, record, args, torch.Generator().manual_seed(2**31 + seed))
+        seconds = trainer.train(resume_from_checkpoint=last).metrics["train_runtime"]
+        steps = args.steps - (int(last.rsplit("-")[-1]) if last else 0)
+        run = {"method": method, "seed": seed, "step_ms": 1e3 * seconds / steps, "stage0_s": stage0_s,
+               "total_s": None if last else seconds + stage0_s, **script.evaluate(Hidden(model), data, device)}
+        run["forgetting"] = run["general_nll"] - done["runs"][0]["general_nll"]
         if record is not None:
             with torch.no_grad():  # on one training example in fifteen
                 hidden, _ = script.scored_hidden(Hidden(model), ids[::15], labels[::15], device)
-                rows = row_of[::15][labels[::15] != script.IGNORE]
-                run["outside_mass_end"] = outside_mass(hidden @ model.get_output_embeddings().weight.T, record.select(rows)).mean().item()
+                z, rows = hidden @ model.get_output_embeddings().weight.T, row_of[::15][labels[::15] != script.IGNORE]
+                run["outside_mass_end"] = outside_mass(z, record.select(rows)).mean().item()
             sizes = record.subset_sizes.float()
-            run |= {"stage0_s": trainer.stage0_s, "subset_size_mean": sizes.mean().item(), "subset_size_median": sizes.median().item(),
-                    "outside_mass_start": record.outside_mass.mean().item(),
-                    "record_bytes_per_position": sum(x.nbytes for x in (record.token_ids, record.offsets, record.outside_mass)) / len(record)}
+            size = sum(x.nbytes for x in (record.token_ids, record.offsets, record.outside_mass)) / len(record)
+            run |= {"subset_size_mean": sizes.mean().item(), "subset_size_median": sizes.median().item(),
+                    "outside_mass_start": record.outside_mass.mean().item(), "record_bytes_per_position": size}
         keep(run)
     if main_process:
         print(json.dumps(config))

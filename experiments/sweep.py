@@ -34,7 +34,8 @@ RESULTS, CPU = ROOT / "experiments/results/sweep.json", torch.device("cpu")
 DEFAULT = dict(base=0, width=script.WIDTH, method="tail+adamw", variant="", tau=0.9, tail=256, lr=6e-4, max_angle=90.0,
                scope="global", batch=32, steps=200, seed=0)
 BASES, RATES = (0, 1, 2), (2e-4, 4e-4, 6e-4, 8e-4, 1.2e-3, 1.6e-3)
-ADAMW = ("full+adamw", "replay+adamw", "tail+adamw")
+TAUS = (0.01, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
+RIVALS = ("head frozen", "head rows of the batch", "mixed", "KL to base", "matched norm", "torque-aware")
 
 
 def grid():
@@ -44,8 +45,24 @@ def grid():
         values = [x if isinstance(x, (tuple, list)) else (x,) for x in lists.values()]
         return [{**DEFAULT, **dict(zip(lists, combination))} for combination in itertools.product(*values)]
 
+    sizes = (0, 16, 64, 256, 1024, script.V)
     return {
-        "main": runs(method=script.METHODS, lr=RATES) + runs(seed=1, method=script.METHODS, lr=RATES),
+        "main": runs(method=script.METHODS, lr=RATES),
+        "tau": runs(method=("tail+adamw", "replay+adamw"), tau=TAUS),
+        "record": runs(tail=sizes, tau=(0.01, 0.9)) + runs(tail=sizes[1:], variant="gold only"),
+        "controls": runs(variant=("uniform only", "frozen sum")) + runs(variant="uniform only", tail=1024),
+        "rivals": [run for variant in RIVALS for run in runs(method="full+adamw", variant=variant, lr=RATES)],
+        "main, seed 1": runs(seed=1, method=script.METHODS, lr=RATES),
+        "recorded late": runs(method="replay+adamw", tau=0.98, lr=RATES,
+                              variant=("", "recorded at 40", "recorded every epoch")),
+        "cap": runs(method=("tail+moclip", "full+moclip"), batch=(8, 32), max_angle=(60.0, 90.0, 180.0)),
+        "batch": runs(method=("full+adamw", "tail+adamw", "tail+moclip"), batch=8, lr=RATES)
+        + runs(method=("full+adamw", "tail+adamw", "tail+moclip"), batch=128, steps=100, lr=RATES + (2.4e-3, 3.2e-3)),
+        "stability": runs(method=("full+adamw", "full+moclip", "tail+adamw", "tail+moclip"), variant=("bfloat16", "spikes"))
+        + runs(method=("full+adamw", "full+moclip", "tail+adamw", "tail+moclip"), lr=(3.2e-3, 1.28e-2)),
+        "scope": runs(method="tail+moclip", scope=("global", "tensor")),
+        "size": [run for width in (96, 384) for run in runs(method=("full+adamw", "tail+adamw", "tail+moclip"),
+                                                            width=width, lr=RATES, base=0)],
     }
 
 
@@ -149,10 +166,11 @@ def one_thread():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=grid(), default=list(grid()))
+    parser.add_argument("--bases", nargs="+", type=int, default=BASES, help="base seeds, to run some first")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     args = parser.parse_args()
     done = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"bases": [], "runs": []}
-    wanted = list({name_of(s): s for study in args.only for s in grid()[study]}.values())
+    wanted = {name_of(s): s for study in args.only for s in grid()[study] if s["base"] in args.bases}.values()
 
     def keep():
         lines = {key: ",\n".join(map(json.dumps, rows)) for key, rows in done.items()}

@@ -1,0 +1,165 @@
+"""The tables of experiments/README.md and README.md, from experiments/results/*.json alone:
+
+    python experiments/report.py [names]      # prints the tables of TABLES, at the end of this file, as Markdown
+
+A test compares what this prints with what the two READMEs say. An arm's learning rate is chosen on validation questions,
+one for all bases: the smallest whose mean accuracy is within one point of the arm's best (`chosen`); what is reported
+are test questions. ± is the standard deviation over bases and seeds together.
+"""
+
+import collections
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import sweep  # noqa: E402  (its folder is on the path only now)
+
+STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}  # 97.5 % quantile, by freedom
+
+
+def load():
+    """The study's rows, those of one fingerprint a base (the one with most rows), with the base's row as `at`."""
+    done = json.loads(sweep.RESULTS.read_text())
+    bases = {row["fingerprint"]: row for row in done["bases"]}
+    count = collections.Counter(row["base"] for row in done["runs"])
+    kept = {}
+    for mark, base in bases.items():
+        key = base["base"], base["width"]
+        if key not in kept or count[mark] > count[kept[key]]:
+            kept[key] = mark
+    rows = []
+    for row in done["runs"]:
+        if row["base"] in kept.values():
+            at = bases[row["base"]]
+            general = {part: row[f"general_nll_{part}"] - at[f"general_nll_{part}"] for part in ("validation", "test")}
+            rows.append({**row, **row["settings"], "at": at, "forgetting": general["test"],
+                         "forgetting_validation": general["validation"], "accuracy": row["domain_accuracy_test"]})
+    return rows
+
+
+def select(rows, **settings):
+    """The rows with these settings; what is not named is DEFAULT's, but for lr, base and seed, which are free."""
+    wanted = {**{k: v for k, v in sweep.DEFAULT.items() if k not in ("lr", "base", "seed")}, **settings}
+    return [row for row in rows if all(row[k] == v for k, v in wanted.items())]
+
+
+def mean(rows, key):
+    return statistics.mean(row[key] for row in rows)
+
+
+def by_rate(rows):
+    rates = sorted({row["lr"] for row in rows})
+    return {lr: [row for row in rows if row["lr"] == lr] for lr in rates}
+
+
+def best(rows):
+    """The learning rate with the highest validation accuracy."""
+    groups = by_rate(rows)
+    return max(groups, key=lambda lr: mean(groups[lr], "domain_accuracy_validation"))
+
+
+def chosen(rows):
+    """The smallest learning rate whose validation accuracy is within one point of the best."""
+    groups = by_rate(rows)
+    top = mean(groups[best(rows)], "domain_accuracy_validation")
+    return next(lr for lr in groups if mean(groups[lr], "domain_accuracy_validation") >= top - 0.01)
+
+
+def spread(rows, key, form):
+    values = [row[key] for row in rows]
+    return form.format(statistics.mean(values)) + (f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else "")
+
+
+MEASURES = {"accuracy": ("accuracy", "{:.1%}"), "forgetting": ("forgetting", "{:.3f}"),
+            "domain NLL": ("domain_nll_test", "{:.3f}"), "outside mass": ("outside_mass_end", "{:.4f}"),
+            "tokens a row": ("subset_size_mean", "{:.0f}"), "head moved": ("head_moved", "{:.1f}"),
+            "of it unseen rows": ("head_moved_unseen", "{:.1f}"), "rows moved": ("head_rows_moved", "{:.0f}"),
+            "spikes": ("spikes", "{:.1f}"), "angle": ("angle_mean_deg", "{:.0f}°"), "clipped": ("clip_fraction", "{:.0%}")}
+
+
+def table(lines, titles, measures):
+    """Markdown: `lines` are (cells, rows); a measure is a column."""
+    out = ["| " + " | ".join([*titles, *measures]) + " |", "|" + "---|" * (len(titles) + len(measures))]
+    for cells, rows in lines:
+        if rows:
+            out.append("| " + " | ".join([*map(str, cells), *(spread(rows, *MEASURES[m]) for m in measures)]) + " |")
+    return "\n".join(out)
+
+
+def paired(rows, others):
+    """(mean, low, high) of 1 - forgetting / forgetting of the others, over the pairs of one base and seed: 95 %, Student."""
+    by = {(row["at"]["base"], row["seed"]): row["forgetting"] for row in others}
+    values = [1 - row["forgetting"] / by[row["at"]["base"], row["seed"]] for row in rows if (row["at"]["base"], row["seed"]) in by]
+    middle = statistics.mean(values)
+    half = STUDENT[min(len(values) - 1, 8)] * statistics.stdev(values) / len(values) ** 0.5
+    return middle, middle - half, middle + half
+
+
+def at(rows, lr):
+    return [row for row in rows if row["lr"] == lr]
+
+
+def main_table(rows):
+    lines = []
+    for method in sweep.script.METHODS:
+        mine = select(rows, method=method)
+        if mine:
+            lines.append(((method, f"{chosen(mine):g}"), at(mine, chosen(mine))))
+    return table(lines, ("method", "lr"), ("accuracy", "forgetting", "domain NLL", "outside mass"))
+
+
+def frontier_table(rows):
+    lines = [((method, f"{lr:g}"), group) for method in sweep.script.METHODS
+             for lr, group in by_rate(select(rows, method=method)).items()]
+    return table(lines, ("method", "lr"), ("accuracy", "forgetting"))
+
+
+def tau_table(rows):
+    lines = [((tau, method), at(select(rows, method=method, tau=tau), sweep.DEFAULT["lr"]))
+             for tau in sweep.TAUS for method in ("replay+adamw", "tail+adamw")]
+    return table(lines, ("tau", "method"), ("accuracy", "forgetting", "outside mass", "tokens a row"))
+
+
+def record_table(rows):
+    lines = []
+    for size in (0, 16, 64, 256, 1024, sweep.script.V):
+        for name, settings in (("gold only (no Stage 0)", dict(variant="gold only")), ("top 1 and gold", dict(tau=0.01)),
+                               ("tau = 0.9", dict())):
+            lines.append(((name, "all" if size == sweep.script.V else size),
+                          at(select(rows, tail=size, **settings), sweep.DEFAULT["lr"])))
+    return table(lines, ("recorded", "tail"), ("accuracy", "forgetting", "domain NLL"))
+
+
+def rivals_table(rows):
+    lines = []
+    for name, settings in (("full+adamw", dict(method="full+adamw")),
+                           *((f"full+adamw, {v}", dict(method="full+adamw", variant=v)) for v in sweep.RIVALS),
+                           ("tail+adamw", dict()), ("tail+moclip", dict(method="tail+moclip"))):
+        mine = select(rows, **settings)
+        if mine:
+            lines.append(((name, f"{chosen(mine):g}"), at(mine, chosen(mine))))
+    return table(lines, ("arm", "lr"), ("accuracy", "forgetting", "head moved", "of it unseen rows"))
+
+
+TABLES = {"main": main_table, "frontier": frontier_table, "tau": tau_table, "record": record_table, "rivals": rivals_table}
+
+
+def main():
+    rows = load()
+    for name in sys.argv[1:] or TABLES:
+        print(f"\n{name}\n\n{TABLES[name](rows)}")
+    full = select(rows, method="full+adamw")
+    for method in ("tail+adamw", "tail+moclip"):
+        mine = select(rows, method=method)
+        if mine and full:
+            a, b = at(mine, chosen(mine)), at(full, best(full))
+            print(f"\n{method} at {chosen(mine):g} against full+adamw at its best, {best(full):g}: accuracy "
+                  f"{mean(a, 'accuracy'):.1%} and {mean(b, 'accuracy'):.1%}; forgetting less by "
+                  "{:.0%} [{:.0%}, {:.0%}]".format(*paired(a, b)))
+
+
+if __name__ == "__main__":
+    main()
