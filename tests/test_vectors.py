@@ -90,8 +90,8 @@ def test_the_comparison_sees_what_differs():
     want = {"n": 3, "loss": None, "outside_mass": [1e-20], "exp_avg": [1e-9, 2.0], "x": [0.0], "on": [True]}
     assert compare.differences(want, want, 2.0**-52) == []
     assert compare.differences({**want, "loss": math.nan, "x": [2.0**-43]}, want, 2.0**-52) == []
-    for change in ({"n": 4}, {"loss": 0.0}, {"outside_mass": [1.001e-20]}, {"exp_avg": [1.001e-9, 2.0]}, {"x": [2.0**-41]},
-                   {"x": [math.nan]}, {"x": []}, {"x": 0.0}, {"on": [False]}, {"x": [None]}):
+    for change in ({"n": 4}, {"loss": 0.0}, {"outside_mass": [1.001e-20]}, {"exp_avg": [1.001e-9, 2.0]},
+                   {"x": [2.0**-41]}, {"x": [math.nan]}, {"x": []}, {"x": 0.0}, {"on": [False]}, {"x": [None]}):
         assert len(compare.differences({**want, **change}, want, 2.0**-52)) == 1, change
     assert compare.differences({key: want[key] for key in want if key != "n"}, want, 2.0**-52) == ["/n: missing, not 3"]
 
@@ -114,14 +114,16 @@ def test_recording(case, dtype):
 def test_loss(case, dtype):
     logits, target = torch.tensor(case["logits"], dtype=dtype, requires_grad=True), torch.tensor(case["target"])
     record = record_of(case["token_ids"], logits.shape[1])
-    loss = lambda reduction: replay_cross_entropy(logits, target, record, ignore_index=case["ignore_index"], reduction=reduction)
+    loss = lambda reduction: replay_cross_entropy(logits, target, record, ignore_index=case["ignore_index"],
+                                                  reduction=reduction)
     if "error" in case["expected"]:
         with pytest.raises(ValueError, match=case["expected"]["error"]):
             loss("none")
         return
     gradient = lambda reduction, *incoming: torch.autograd.grad(loss(reduction), logits, *incoming)[0]
     check(lists(loss_none=loss("none"), loss_sum=loss("sum"), loss_mean=loss("mean"), gradient_of_sum=gradient("sum"),
-                gradient_of_mean=gradient("mean"), gradient_of_weighted=gradient("none", torch.tensor(case["incoming"], dtype=dtype)),
+                gradient_of_mean=gradient("mean"),
+                gradient_of_weighted=gradient("none", torch.tensor(case["incoming"], dtype=dtype)),
                 outside_mass=outside_mass(logits.detach(), record)), case, dtype)
 
 
@@ -130,13 +132,14 @@ def linear_outputs(case, dtype, **options):
     names = ["input", "linear_weight"] + ["linear_bias"] * (case["linear_bias"] is not None)
     h, W, *bias = leaves = [torch.tensor(case[name], dtype=dtype, requires_grad=True) for name in names]
     target, record = torch.tensor(case["target"]), record_of(case["token_ids"], len(W))
-    loss = lambda reduction: linear_replay_cross_entropy(h, W, target, record, linear_bias=bias[0] if bias else None,
-                                                         ignore_index=case["ignore_index"], reduction=reduction, **options)
+    options |= dict(linear_bias=bias[0] if bias else None, ignore_index=case["ignore_index"])
+    loss = lambda reduction: linear_replay_cross_entropy(h, W, target, record, reduction=reduction, **options)
     got = lists(loss_none=loss("none"), loss_sum=loss("sum"), loss_mean=loss("mean"))
     weighted = (loss("none") * torch.tensor(case["incoming"], dtype=dtype)).sum()
     for reduction, value in (("mean", loss("mean")), ("weighted", weighted)):
         gradients = [*torch.autograd.grad(value, leaves), None]
-        got |= lists(**{f"d_{reduction}_d_{name}": gradient for name, gradient in zip(("input", "weight", "bias"), gradients)})
+        for name, gradient in zip(("input", "weight", "bias"), gradients):
+            got |= lists(**{f"d_{reduction}_d_{name}": gradient})
     return got
 
 
@@ -147,7 +150,8 @@ def test_linear_loss(case, dtype):
 
 @cases("4_angle.json")
 def test_angle(case, dtype):
-    check(lists(angle=angle_between(torch.tensor(case["u"], dtype=dtype), torch.tensor(case["v"], dtype=dtype))), case, dtype)
+    u, v = torch.tensor(case["u"], dtype=dtype), torch.tensor(case["v"], dtype=dtype)
+    check(lists(angle=angle_between(u, v)), case, dtype)
 
 
 @cases("5_rotation.json")
@@ -175,6 +179,7 @@ def test_moclip(case, dtype):
         if all(g is None for g in step["gradients"]):  # nothing happened, and the report stays that of the step before
             assert all(map(torch.equal, report, before))
             report = [torch.zeros(0)] * 2
-        steps.append({**lists(angle=report[0].flatten(), clipped=report[1].flatten()), "parameters": [p.tolist() for p in params]})
+        steps.append({**lists(angle=report[0].flatten(), clipped=report[1].flatten()),
+                      "parameters": [p.tolist() for p in params]})
     final = [{key: optimizer.state[p][key].tolist() for key in ("step", "exp_avg", "exp_avg_sq")} for p in params]
     check({"steps": steps, "final": final}, case, dtype)
