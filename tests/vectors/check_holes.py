@@ -205,7 +205,8 @@ VARIANTS = {
             p["parameter"][:] = [w * (1 - o["lr"] * o["weight_decay"]) for w in p["parameter"]]
 """ + LOOP),
         ("a missing gradient taken as zero", BOTH, ACTIVE, "]", G, FILL),
-        ("a missing gradient taken as zero in tensor scope", BOTH, *within(ACTIVE, "None]", 'None or scope == "tensor"]'),
+        ("a missing gradient taken as zero in tensor scope", BOTH,
+         *within(ACTIVE, "None]", 'None or scope == "tensor"]'),
          G, FILL),
         ("a missing gradient counts as a step", BOTH, LOOP,
          '    for p in parameters:\n        p["step"] += p["gradient"] is None\n' + LOOP),
