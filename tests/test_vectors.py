@@ -88,6 +88,19 @@ def test_inputs_are_exact_in_float32(name):
             walk(case, f"{name}/{case['name']}")
 
 
+def test_the_readme_names_every_key_and_counts_the_variants():
+    text = (FOLDER / "README.md").read_text()
+
+    def keys(x):
+        if isinstance(x, dict):
+            yield from x
+        for value in x.values() if isinstance(x, dict) else x if isinstance(x, list) else ():
+            yield from keys(value)
+
+    assert {key for cases in STORED.values() for key in keys(cases) if f"`{key}`" not in text} == set()
+    assert f"lists {sum(map(len, check_holes.VARIANTS.values()))} wrong variants" in text
+
+
 def test_the_comparison_sees_what_differs():
     want = {"n": 3, "loss": None, "outside_mass": [1e-20], "exp_avg": [1e-9, 2.0], "x": [0.0], "on": [True]}
     assert compare.differences(want, want, 2.0**-52) == []
