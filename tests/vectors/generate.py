@@ -307,7 +307,9 @@ def moclip_inputs():
         shapes = [p for group in groups for p in group["parameters"]]
         gradients = lambda t: [change(t, i, draw(like, 0.5)) for i, like in enumerate(shapes)]
         steps = [{"lr": lr(t)[:len(groups)], "gradients": gradients(t)} for t in range(1, 25)]
-        case = dict(name=name, scope=scope, max_angle=degrees * DEGREE, groups=groups, steps=steps)
+        # in float64 1 - 0.99999^t itself has lost five digits, and which ones depends on the formula
+        dtype = "float32" if "slow" in name else None
+        case = dict(name=name, dtype=dtype, scope=scope, max_angle=degrees * DEGREE, groups=groups, steps=steps)
         for step in moclip(plain_reference, case, EPS["float64"])["expected"]["steps"]:
             for theta in step["angle"]:
                 assert abs(theta - case["max_angle"]) > MARGIN or theta in (0, case["max_angle"]), name
