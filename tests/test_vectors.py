@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import plain_reference
-from logits_replay import (ReplayRecord, Tail, linear_replay_cross_entropy, outside_mass, record_topk, replay_cross_entropy,
-                           sample_tail)
+from logits_replay import (ReplayRecord, Tail, linear_replay_cross_entropy, outside_mass, record_topk,
+                           replay_cross_entropy, sample_tail)
 from moclip import MoClip, angle_between, clip_angle
 
 FOLDER = Path(__file__).parent / "vectors"
@@ -143,7 +143,7 @@ def test_loss(case, dtype):
 
 
 def linear_outputs(case, dtype, dense=False, **options):
-    """What `linear_replay_cross_entropy`, or `replay_cross_entropy` of the dense logits, makes of a case of files 3, 7."""
+    """What the linear form, or `replay_cross_entropy` of the dense logits, makes of a case of file 3 or 7."""
     names = ["input", "linear_weight"] + ["linear_bias"] * (case["linear_bias"] is not None)
     h, W, *bias = leaves = [torch.tensor(case[name], dtype=dtype, requires_grad=True) for name in names]
     target, record = torch.tensor(case["target"]), record_of(case["token_ids"], len(W))
@@ -228,7 +228,8 @@ def test_tail(case, dtype):
 
 @cases("8_end_to_end.json")
 def test_end_to_end(case, dtype):
-    x, target, ignore_index = torch.tensor(case["input"], dtype=dtype), torch.tensor(case["target"]), case["ignore_index"]
+    x, target = torch.tensor(case["input"], dtype=dtype), torch.tensor(case["target"])
+    ignore_index = case["ignore_index"]
     params = {name: torch.nn.Parameter(torch.tensor(case[name], dtype=dtype)) for name in ("body", "head", "bias")}
     body, head, bias = params.values()
     options = {name: case[name] for name in ("max_angle", "scope", "betas", "a", "b", "weight_decay")}
@@ -247,8 +248,8 @@ def test_end_to_end(case, dtype):
         optimizer.step()
         report = lists(loss=loss, angle=optimizer.last_angle.reshape(-1), clipped=optimizer.last_clipped.reshape(-1))
         steps.append({**report, **lists(**params), "tail": tail and lists(**tail._asdict())})
-    check({"token_ids": rows_of(record), "steps": steps,
-           **lists(outside_mass=record.outside_mass, outside_mass_at_the_end=outside_mass(logits(), record))}, case, dtype)
+    masses = lists(outside_mass=record.outside_mass, outside_mass_at_the_end=outside_mass(logits(), record))
+    check({"token_ids": rows_of(record), "steps": steps, **masses}, case, dtype)
 
 
 # -------------------------------------------------------------------------------------------- what the vectors can see

@@ -195,7 +195,7 @@ VARIANTS = {
         ("restart of the second moment, too", BOTH, *within(V, "beta2 * v[k]", "(not antiparallel) * beta2 * v[k]")),
         ("restart of the step count, too", BOTH, 'p["step"] += 1', 'p["step"] = 1 if antiparallel else p["step"] + 1'),
         ("no restart", BOTH, BEFORE, "before = m[k]"),
-        ("restart of the first parameter only", BOTH, *within(BEFORE, "parallel", "parallel and p is active[0][0]")),
+        ("restart of the first parameter only", BOTH, *within(BEFORE, "llel", "llel and p is members[0][0]")),
         ("restart of those without a gradient, too", BOTH, *clear('antiparallel and scope == "global"')),
         ("restart of every scope at once", BOTH, *clear("antiparallel")),
         ("an antiparallel step is left out", BOTH, ITER, "        if antiparallel:\n            continue\n" + ITER),
