@@ -72,7 +72,7 @@ def outside_mass(logits, token_ids):
 # ------------------------------------------------------------------------------------------------ Stage 1: the losses
 
 def tail(chosen, target, vocab_size, ignore_index=-100):
-    """(R, log w): the sampled tail of a batch; `chosen` are distinct, drawn uniformly from the tokens that are not gold.
+    """(R, log w): the sampled tail of a batch; `chosen`, distinct, are drawn uniformly from tokens that are not gold.
 
     R holds the golds of all positions, with w = 1 (they are taken with certainty), and the chosen, each with
     w = M0 / size, of M0 = V - #golds tokens size were chosen. So w is 1 / (probability to be in R).
@@ -118,7 +118,7 @@ def mean(losses, gradients, target, ignore_index=-100):
 
 
 def weighted_sum(losses, gradients, weights):
-    """(value, derivative by the logits) of sum over t of weights_t L_t; in a backward pass, weights is what comes in."""
+    """(value, derivative by the logits) of sum over t of weights_t L_t. Any backward pass is one of these."""
     return (math.fsum(w * loss for w, loss in zip(weights, losses)),
             [[w * x for x in row] for w, row in zip(weights, gradients)])
 

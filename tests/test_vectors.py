@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import plain_reference
-from logits_replay import ReplayRecord, linear_replay_cross_entropy, outside_mass, record_topk, replay_cross_entropy
+from logits_replay import (ReplayRecord, Tail, linear_replay_cross_entropy, outside_mass, record_topk,
+                           replay_cross_entropy, sample_tail)
 from moclip import MoClip, angle_between, clip_angle
 
 FOLDER = Path(__file__).parent / "vectors"
 sys.path.insert(0, str(FOLDER))
-import compare  # noqa: E402  (its folder is on the path only now)
+import check_holes  # noqa: E402  (their folder is on the path only now)
+import compare  # noqa: E402
 import generate  # noqa: E402
 
 STORED = {name: json.loads((FOLDER / name).read_text()) for name in generate.FILES}
@@ -86,12 +88,25 @@ def test_inputs_are_exact_in_float32(name):
             walk(case, f"{name}/{case['name']}")
 
 
+def test_the_readme_names_every_key_and_counts_the_variants():
+    text = (FOLDER / "README.md").read_text()
+
+    def keys(x):
+        if isinstance(x, dict):
+            yield from x
+        for value in x.values() if isinstance(x, dict) else x if isinstance(x, list) else ():
+            yield from keys(value)
+
+    assert {key for cases in STORED.values() for key in keys(cases) if f"`{key}`" not in text} == set()
+    assert f"lists {sum(map(len, check_holes.VARIANTS.values()))} wrong variants" in text
+
+
 def test_the_comparison_sees_what_differs():
     want = {"n": 3, "loss": None, "outside_mass": [1e-20], "exp_avg": [1e-9, 2.0], "x": [0.0], "on": [True]}
     assert compare.differences(want, want, 2.0**-52) == []
     assert compare.differences({**want, "loss": math.nan, "x": [2.0**-43]}, want, 2.0**-52) == []
-    for change in ({"n": 4}, {"loss": 0.0}, {"outside_mass": [1.001e-20]}, {"exp_avg": [1.001e-9, 2.0]}, {"x": [2.0**-41]},
-                   {"x": [math.nan]}, {"x": []}, {"x": 0.0}, {"on": [False]}, {"x": [None]}):
+    for change in ({"n": 4}, {"loss": 0.0}, {"outside_mass": [1.001e-20]}, {"exp_avg": [1.001e-9, 2.0]},
+                   {"x": [2.0**-41]}, {"x": [math.nan]}, {"x": []}, {"x": 0.0}, {"on": [False]}, {"x": [None]}):
         assert len(compare.differences({**want, **change}, want, 2.0**-52)) == 1, change
     assert compare.differences({key: want[key] for key in want if key != "n"}, want, 2.0**-52) == ["/n: missing, not 3"]
 
@@ -114,40 +129,51 @@ def test_recording(case, dtype):
 def test_loss(case, dtype):
     logits, target = torch.tensor(case["logits"], dtype=dtype, requires_grad=True), torch.tensor(case["target"])
     record = record_of(case["token_ids"], logits.shape[1])
-    loss = lambda reduction: replay_cross_entropy(logits, target, record, ignore_index=case["ignore_index"], reduction=reduction)
+    loss = lambda reduction: replay_cross_entropy(logits, target, record, ignore_index=case["ignore_index"],
+                                                  reduction=reduction)
     if "error" in case["expected"]:
         with pytest.raises(ValueError, match=case["expected"]["error"]):
             loss("none")
         return
     gradient = lambda reduction, *incoming: torch.autograd.grad(loss(reduction), logits, *incoming)[0]
     check(lists(loss_none=loss("none"), loss_sum=loss("sum"), loss_mean=loss("mean"), gradient_of_sum=gradient("sum"),
-                gradient_of_mean=gradient("mean"), gradient_of_weighted=gradient("none", torch.tensor(case["incoming"], dtype=dtype)),
+                gradient_of_mean=gradient("mean"),
+                gradient_of_weighted=gradient("none", torch.tensor(case["incoming"], dtype=dtype)),
                 outside_mass=outside_mass(logits.detach(), record)), case, dtype)
 
 
-def linear_outputs(case, dtype, **options):
-    """What `linear_replay_cross_entropy` makes of a case of files 3 and 7."""
+def linear_outputs(case, dtype, dense=False, **options):
+    """What the linear form, or `replay_cross_entropy` of the dense logits, makes of a case of file 3 or 7."""
     names = ["input", "linear_weight"] + ["linear_bias"] * (case["linear_bias"] is not None)
     h, W, *bias = leaves = [torch.tensor(case[name], dtype=dtype, requires_grad=True) for name in names]
     target, record = torch.tensor(case["target"]), record_of(case["token_ids"], len(W))
-    loss = lambda reduction: linear_replay_cross_entropy(h, W, target, record, linear_bias=bias[0] if bias else None,
-                                                         ignore_index=case["ignore_index"], reduction=reduction, **options)
+    options |= dict(ignore_index=case["ignore_index"])
+
+    def loss(reduction):
+        if dense:
+            return replay_cross_entropy(h @ W.T + sum(bias), target, record, reduction=reduction, **options)
+        return linear_replay_cross_entropy(h, W, target, record, linear_bias=bias[0] if bias else None,
+                                           reduction=reduction, **options)
+
     got = lists(loss_none=loss("none"), loss_sum=loss("sum"), loss_mean=loss("mean"))
     weighted = (loss("none") * torch.tensor(case["incoming"], dtype=dtype)).sum()
     for reduction, value in (("mean", loss("mean")), ("weighted", weighted)):
         gradients = [*torch.autograd.grad(value, leaves), None]
-        got |= lists(**{f"d_{reduction}_d_{name}": gradient for name, gradient in zip(("input", "weight", "bias"), gradients)})
+        for name, gradient in zip(("input", "weight", "bias"), gradients):
+            got |= lists(**{f"d_{reduction}_d_{name}": gradient})
     return got
 
 
 @cases("3_linear_loss.json")
 def test_linear_loss(case, dtype):
     check(linear_outputs(case, dtype), case, dtype)
+    check(linear_outputs(case, dtype, dense=True), case, dtype)
 
 
 @cases("4_angle.json")
 def test_angle(case, dtype):
-    check(lists(angle=angle_between(torch.tensor(case["u"], dtype=dtype), torch.tensor(case["v"], dtype=dtype))), case, dtype)
+    u, v = torch.tensor(case["u"], dtype=dtype), torch.tensor(case["v"], dtype=dtype)
+    check(lists(angle=angle_between(u, v)), case, dtype)
 
 
 @cases("5_rotation.json")
@@ -175,6 +201,91 @@ def test_moclip(case, dtype):
         if all(g is None for g in step["gradients"]):  # nothing happened, and the report stays that of the step before
             assert all(map(torch.equal, report, before))
             report = [torch.zeros(0)] * 2
-        steps.append({**lists(angle=report[0].flatten(), clipped=report[1].flatten()), "parameters": [p.tolist() for p in params]})
+        steps.append({**lists(angle=report[0].flatten(), clipped=report[1].flatten()),
+                      "parameters": [p.tolist() for p in params]})
     final = [{key: optimizer.state[p][key].tolist() for key in ("step", "exp_avg", "exp_avg_sq")} for p in params]
     check({"steps": steps, "final": final}, case, dtype)
+
+
+def drawn_tail(chosen, target, V, ignore_index):
+    """`sample_tail`, again and again, until it draws the chosen tokens."""
+    generator, golds = torch.Generator().manual_seed(0), set(target) - {ignore_index}
+    while True:
+        tail = sample_tail(torch.tensor(target), V, len(chosen), ignore_index=ignore_index, generator=generator)
+        if sorted(set(tail.token_ids.tolist()) - golds) == chosen:
+            return tail
+
+
+@cases("7_tail.json")
+def test_tail(case, dtype):
+    if case["tail"] is None:
+        tail = drawn_tail(case["chosen"], case["target"], len(case["linear_weight"]), case["ignore_index"])
+    else:
+        tail = Tail(torch.tensor(case["tail"]["token_ids"]), torch.tensor(case["tail"]["log_weight"]))
+    for dense in (False, True):
+        check({**linear_outputs(case, dtype, dense, tail=tail), "tail": lists(**tail._asdict())}, case, dtype)
+
+
+@cases("8_end_to_end.json")
+def test_end_to_end(case, dtype):
+    x, target = torch.tensor(case["input"], dtype=dtype), torch.tensor(case["target"])
+    ignore_index = case["ignore_index"]
+    params = {name: torch.nn.Parameter(torch.tensor(case[name], dtype=dtype)) for name in ("body", "head", "bias")}
+    body, head, bias = params.values()
+    options = {name: case[name] for name in ("max_angle", "scope", "betas", "a", "b", "weight_decay")}
+    optimizer = MoClip([body, head, bias], **options)
+    logits = lambda: (x @ body.T @ head.T + bias).detach()
+    record, steps = record_topk(logits(), target, case["tau"], ignore_index=ignore_index), []
+    for step in case["steps"]:
+        optimizer.param_groups[0]["lr"] = step["lr"]
+        tail = None
+        if step["chosen"] is not None:
+            tail = drawn_tail(step["chosen"], case["target"], len(head), ignore_index)
+        loss = linear_replay_cross_entropy(x @ body.T, head, target, record, linear_bias=bias, tail=tail,
+                                           ignore_index=ignore_index)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        report = lists(loss=loss, angle=optimizer.last_angle.reshape(-1), clipped=optimizer.last_clipped.reshape(-1))
+        steps.append({**report, **lists(**params), "tail": tail and lists(**tail._asdict())})
+    masses = lists(outside_mass=record.outside_mass, outside_mass_at_the_end=outside_mass(logits(), record))
+    check({"token_ids": rows_of(record), "steps": steps, **masses}, case, dtype)
+
+
+# -------------------------------------------------------------------------------------------- what the vectors can see
+
+def test_every_wrong_variant_is_caught():
+    lines = check_holes.main()
+    assert len(lines) > 150 and all(": caught by " in line for line in lines)
+
+
+def test_a_variant_that_no_vector_sees_is_an_error(monkeypatch):
+    same = ("a variant that changes nothing", check_holes.BOTH, "import math", "import math  # here")
+    monkeypatch.setattr(check_holes, "VARIANTS", {"4_angle.json": [same]})
+    with pytest.raises(AssertionError, match="a variant that changes nothing: caught in {}"):
+        check_holes.main()
+
+
+def test_the_plain_reference_is_linear_in_the_vocabulary():
+    """Counted, not timed: looks at a row by softmax, Stage 0 and the loss, for twice the tokens."""
+    def looks(V):
+        count = 0
+
+        class Row(list):
+            def __getitem__(self, j):
+                nonlocal count
+                count += 1
+                return super().__getitem__(j)
+
+            def __iter__(self):
+                nonlocal count
+                for x in super().__iter__():
+                    count += 1
+                    yield x
+
+        plain_reference.softmax(Row([0.0] * V))
+        rows, _ = plain_reference.record_topk([Row([1 / V] * V)], [V - 1], 1.0)
+        plain_reference.replay_cross_entropy([Row([0.0] * V)], [V - 1], [Row(rows[0])])
+        return count
+
+    assert looks(2000) <= 2.01 * looks(1000)

@@ -1,4 +1,4 @@
-"""Compares what a port computed with what a golden vector expects, by the tolerances of README.md. Usable by any port in Python."""
+"""Compares what a port computed with what a golden vector expects, by the tolerances of README.md."""
 
 import math
 
@@ -13,20 +13,23 @@ def numbers(x):
 
 
 def differences(got, want, eps, where="", scale=1.0):
-    """Where a result, of dicts, lists and numbers, differs from the expected one: a list of sentences, empty if nowhere."""
+    """Where a result (dicts, lists, numbers) differs from the expected one: a list of sentences, empty if nowhere."""
     if isinstance(want, dict):
         if not isinstance(got, dict):
             return [f"{where}: {got}, not {want}"]
         out = []
         for key, value in want.items():
-            scale = 2.0**-100 if key in SMALL else max([abs(x) for x in numbers(value)], default=0.0) if key in OF_THE_LIST else 1.0
+            scale = 2.0**-100 if key in SMALL else 1.0
+            if key in OF_THE_LIST:
+                scale = max((abs(x) for x in numbers(value)), default=0.0)
             key_eps = max(eps, 2.0**-23) if key in STORED_IN_FLOAT32 else eps
             out += differences(got.get(key, "missing"), value, key_eps, f"{where}/{key}", scale)
         return out
     if isinstance(want, list):
         if not isinstance(got, list) or len(got) != len(want):
             return [f"{where}: {got}, not {want}"]
-        return [line for i, (a, b) in enumerate(zip(got, want)) for line in differences(a, b, eps, f"{where}[{i}]", scale)]
+        return [line for i, (a, b) in enumerate(zip(got, want))
+                for line in differences(a, b, eps, f"{where}[{i}]", scale)]
     if isinstance(want, float) and isinstance(got, (int, float)):
         ok = abs(got - want) <= 2**10 * eps * (scale + abs(want))
     elif want is None:  # not a number, or not there
