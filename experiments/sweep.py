@@ -88,20 +88,30 @@ def prepared(seed, width):
 
 
 @torch.no_grad()
-def measured(model, base, part):
-    """{measure_part: value}: the script's own measures, and the general NLL of tokens that are golds of the domain."""
-    data, out = base.data, script.evaluate(model, base.data, CPU, part)
-    del out["samples"]
-    golds = torch.zeros(script.V, dtype=torch.bool)
+def measured(model, base):
+    """{measure_part: value} on validation and test questions, in one pass; nats per token under the full softmax.
+
+    general_nll_golds, general_nll_other: of the general text's tokens that are golds of the domain, and of the others.
+    """
+    model.eval()
+    data, out, golds = base.data, {}, torch.zeros(script.V, dtype=torch.bool)
     golds[data.domain_train[1][data.domain_train[1] != script.IGNORE]] = True
-    total, count = torch.zeros(2), torch.zeros(2)
-    for x, y in zip(*(tensor.split(64) for tensor in getattr(data, f"general_{part}"))):
-        hidden, gold = script.scored_hidden(model, x, y, CPU)
-        nll = F.linear_cross_entropy(hidden, model.embedding.weight, gold, reduction="none")
-        total.index_add_(0, golds[gold].long(), nll)
-        count.index_add_(0, golds[gold].long(), torch.ones_like(nll))
-    out["general_nll_other"], out["general_nll_golds"] = (total / count).tolist()
-    return {f"{key}_{part}": value for key, value in out.items()}
+    pairs = data.validation + data.test
+    answers = script.generate(model, data.tokenizer, [question for question, _ in pairs], CPU)
+    right = [data.database.agrees(answer, gold) for answer, (_, gold) in zip(answers, pairs)]
+    n = len(data.validation)
+    for part, mine in (("validation", right[:n]), ("test", right[n:])):
+        total, count = torch.zeros(2), torch.zeros(2)
+        for x, y in zip(*(tensor.split(64) for tensor in getattr(data, f"general_{part}"))):
+            hidden, gold = script.scored_hidden(model, x, y, CPU)
+            nll = F.linear_cross_entropy(hidden, model.embedding.weight, gold, reduction="none")
+            total.index_add_(0, golds[gold].long(), nll)
+            count.index_add_(0, golds[gold].long(), torch.ones_like(nll))
+        values = {"domain_accuracy": sum(mine) / len(mine), "domain_nll": script.nll(model, *getattr(data, f"domain_{part}"), CPU),
+                  "general_nll": (total.sum() / count.sum()).item(), "general_nll_other": (total / count)[0].item(),
+                  "general_nll_golds": (total / count)[1].item()}
+        out |= {f"{key}_{part}": value for key, value in values.items()}
+    return out
 
 
 def head_moved(model, base):
@@ -146,7 +156,7 @@ def run(settings):
     probe = script.outside_mass_probe(*base.data.domain_train, CPU)
     out = script.finetune(model, s.method, base.data.domain_train, record, probe, args, s.seed, CPU, logged, optimizer)
     model.float()
-    out |= measured(model, base, "validation") | measured(model, base, "test") | head_moved(model, base)
+    out |= measured(model, base) | head_moved(model, base)
     out |= {"spikes": spikes(losses), "seconds": time.time() - start}
     if angles:
         out["angle_quantiles_deg"] = [sorted(angles)[int(q * (len(angles) - 1))] for q in (0.05, 0.5, 0.95)]
@@ -156,7 +166,7 @@ def run(settings):
 def base_row(seed, width):
     base = prepared(seed, width)
     return {"base": seed, "width": width, "fingerprint": base.fingerprint, "parameters": sum(p.numel() for p in base.model.parameters()),
-            **measured(base.model, base, "validation"), **measured(base.model, base, "test")}
+            **measured(base.model, base)}
 
 
 def one_thread():
