@@ -1,14 +1,16 @@
-"""The tables of experiments/README.md and README.md, from experiments/results/*.json alone:
+"""The tables of README.md and experiments/README.md, from experiments/results/*.json alone:
 
-    python experiments/report.py [names]      # prints the tables of TABLES, at the end of this file, as Markdown
+    python experiments/report.py            # writes each between its marks, <!-- table NAME --> and <!-- end -->
 
-A test compares what this prints with what the two READMEs say. An arm's learning rate is chosen on validation questions,
-one for all bases: the smallest whose mean accuracy is within one point of the arm's best (`chosen`); what is reported
-are test questions. ± is the standard deviation over bases and seeds together.
+A test checks that nothing changes when it is run. A learning rate is chosen on validation questions, one for all bases:
+the smallest whose mean accuracy is within one point of the arm's best (`chosen`). What is reported are test questions;
+± is the standard deviation over bases and seeds together.
 """
 
 import collections
 import json
+import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -35,7 +37,7 @@ def load():
         if row["base"] in kept.values():
             at = bases[row["base"]]
             general = {part: row[f"general_nll_{part}"] - at[f"general_nll_{part}"] for part in ("validation", "test")}
-            rows.append({**row, **row["settings"], "at": at, "forgetting": general["test"],
+            rows.append({**row, **row["settings"], "fingerprint": row["base"], "forgetting": general["test"],
                          "forgetting_validation": general["validation"], "accuracy": row["domain_accuracy_test"]})
     return rows
 
@@ -89,12 +91,12 @@ def table(lines, titles, measures):
     return "\n".join(out)
 
 
-def paired(rows, others):
-    """(mean, low, high) of 1 - forgetting / forgetting of the others, over the pairs of one base and seed: 95 %, Student."""
-    by = {(row["at"]["base"], row["seed"]): row["forgetting"] for row in others}
-    values = [1 - row["forgetting"] / by[row["at"]["base"], row["seed"]] for row in rows if (row["at"]["base"], row["seed"]) in by]
+def paired(rows, others, key="forgetting", difference=lambda a, b: 1 - a / b):
+    """(mean, low, high) of a difference over the pairs of one base and seed; 95 %, Student."""
+    by = {(row["base"], row["seed"]): row[key] for row in others}
+    values = [difference(row[key], by[row["base"], row["seed"]]) for row in rows if (row["base"], row["seed"]) in by]
     middle = statistics.mean(values)
-    half = STUDENT[min(len(values) - 1, 8)] * statistics.stdev(values) / len(values) ** 0.5
+    half = STUDENT[min(len(values) - 1, 8)] * statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else math.nan
     return middle, middle - half, middle + half
 
 
@@ -144,21 +146,38 @@ def rivals_table(rows):
     return table(lines, ("arm", "lr"), ("accuracy", "forgetting", "head moved", "of it unseen rows"))
 
 
-TABLES = {"main": main_table, "frontier": frontier_table, "tau": tau_table, "record": record_table, "rivals": rivals_table}
+def claim(rows):
+    """Each arm against full+adamw at the rate of its highest validation accuracy: paired differences with 95 % intervals."""
+    full = select(rows, method="full+adamw")
+    other = at(full, best(full))
+    out = [f"| against full+adamw at its best, lr {best(full):g} | lr | accuracy, points | interval | less forgetting | interval |",
+           "|---|---|---|---|---|---|"]
+    arms = {method: select(rows, method=method) for method in ("full+adamw", "tail+adamw", "tail+moclip")}
+    arms |= {f"full+adamw, {v}": select(rows, method="full+adamw", variant=v) for v in sweep.RIVALS}
+    for name, mine in arms.items():
+        if mine:
+            group = at(mine, chosen(mine))
+            a, b = paired(group, other, "accuracy", lambda x, y: 100 * (x - y)), paired(group, other)
+            out.append(f"| {name} | {chosen(mine):g} | {a[0]:+.1f} | {a[1]:+.1f} to {a[2]:+.1f} "
+                       f"| {b[0]:.0%} | {b[1]:.0%} to {b[2]:.0%} |")
+    return "\n".join(out)
+
+
+TABLES = {"main": main_table, "frontier": frontier_table, "tau": tau_table, "record": record_table, "rivals": rivals_table,
+          "claim": claim}
+READMES = sweep.ROOT / "README.md", sweep.ROOT / "experiments/README.md"
+
+
+def fill(text, rows):
+    """`text` with every table between its marks made anew."""
+    return re.sub(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)",
+                  lambda match: f"{match[1]}{TABLES[match[2]](rows)}\n{match[3]}", text, flags=re.DOTALL)
 
 
 def main():
     rows = load()
-    for name in sys.argv[1:] or TABLES:
-        print(f"\n{name}\n\n{TABLES[name](rows)}")
-    full = select(rows, method="full+adamw")
-    for method in ("tail+adamw", "tail+moclip"):
-        mine = select(rows, method=method)
-        if mine and full:
-            a, b = at(mine, chosen(mine)), at(full, best(full))
-            print(f"\n{method} at {chosen(mine):g} against full+adamw at its best, {best(full):g}: accuracy "
-                  f"{mean(a, 'accuracy'):.1%} and {mean(b, 'accuracy'):.1%}; forgetting less by "
-                  "{:.0%} [{:.0%}, {:.0%}]".format(*paired(a, b)))
+    for path in READMES:
+        path.write_text(fill(path.read_text(), rows))
 
 
 if __name__ == "__main__":
