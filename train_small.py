@@ -259,6 +259,8 @@ def outside_mass_probe(tokens, targets, device):
     return probe
 
 
+# --------------------------------------------- a learner may stop here: below is what the experiment is made of
+
 # ------------------------------------------------------------------------------------------------------------- 4. model
 
 def rotary(x, turn):

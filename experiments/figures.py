@@ -6,6 +6,7 @@ writes experiments/figures/NAME.svg for the names of FIGURES, at the end of this
 """
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -115,7 +116,73 @@ def orbits(plt):
     return figure
 
 
-FIGURES = {"rotation": rotation, "orbits": orbits}
+def study():
+    """(report, rows) of the study."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import report
+    return report, report.load()
+
+
+def stage0_row(plt):
+    """One real row: its tokens by name, before training and after it with the paper's loss and with the tail."""
+    found = json.loads((ROOT / "experiments/results/row.json").read_text())
+    tokens, panels = found["tokens"], {"base": "recorded by Stage 0", "replay+adamw": "after the paper's loss",
+                                       "tail+adamw": "after the loss with a tail"}
+    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 0.24 * len(tokens) + 1.3), sharey=True)
+    for ax, (name, title) in zip(axes, panels.items()):
+        p = [token[name] for token in tokens]
+        bars = ax.barh(range(len(tokens)), p, color=[BLUE if token["recorded"] else RED for token in tokens])
+        ax.bar_label(bars, [f"{x:.3f}" if x >= 5e-4 else "0" for x in p], padding=2, color=GREY, size=9)
+        ax.set(title=f"{title}\n$\\rho$ = {found['outside_mass'][name]:.2f}", xlim=(0, 1.28), xticks=(0, 0.5, 1))
+        ax.set_yticks(range(len(tokens)), [repr(token["text"])[1:-1].replace(" ", "\u2423") + (" *" if token["gold"] else "")
+                                           for token in tokens])
+    axes[0].invert_yaxis()
+    figure.supxlabel(f"probability; blue: in S (the top K that reach tau = {found['tau']}, and gold *); red: outside", size=10)
+    return figure
+
+
+def frontier(plt):
+    """Accuracy against forgetting of the six methods; a point a learning rate, mean over bases and seeds."""
+    report, rows = study()
+    figure, axes = plt.subplots(figsize=(WIDTH, 4))
+    looks = {"full": (GREY, "o"), "replay": (RED, "s"), "tail": (BLUE, "D")}
+    for method in report.sweep.script.METHODS:
+        color, marker = looks[method.split("+")[0]]
+        solid = method.endswith("adamw")
+        groups = report.by_rate(report.select(rows, method=method))
+        x = [report.mean(group, "forgetting") for group in groups.values()]
+        y = [100 * report.mean(group, "accuracy") for group in groups.values()]
+        axes.plot(x, y, "-" if solid else "--", marker=marker, color=color, mfc=color if solid else "none", ms=5, label=method)
+        if method in ("full+adamw", "tail+adamw"):
+            for lr, a, b in zip(groups, x, y):
+                side = (-4, 6) if method == "tail+adamw" else (4, -12)
+                axes.annotate(f"{1e4 * lr:g}", (a, b), side, textcoords="offset points", size=9, color=color,
+                              ha="right" if side[0] < 0 else "left")
+    axes.annotate("better", (0.03, 0.97), (0.13, 0.85), xycoords="axes fraction", color=GREEN, size=11, va="top",
+                  arrowprops=dict(arrowstyle="-|>", color=GREEN, lw=1.5))
+    axes.set(xscale="log", xlabel="forgetting: rise of the general NLL, nats a token (log scale); labels: lr / 1e-4",
+             ylabel="test accuracy, %", xticks=(0.05, 0.1, 0.2, 0.5, 1, 2), xticklabels=("0.05", "0.1", "0.2", "0.5", "1", "2"))
+    axes.minorticks_off()
+    axes.grid(True)
+    axes.legend(loc="center right")
+    return figure
+
+
+def mass(plt):
+    """R7: the outside mass over the steps, at the default setting, mean over bases and seeds."""
+    report, rows = study()
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.2))
+    for method, color in (("full+adamw", GREY), ("replay+adamw", RED), ("tail+adamw", BLUE)):
+        group = report.at(report.select(rows, method=method), report.sweep.DEFAULT["lr"])
+        logs = torch.tensor([row["outside_mass_log"] for row in group])
+        axes.plot(logs[0, :, 0], logs[:, :, 1].mean(0), marker=".", color=color, label=method)
+    axes.set(yscale="log", xlabel="step", ylabel="outside mass")
+    axes.grid(True)
+    axes.legend()
+    return figure
+
+
+FIGURES = {"row": stage0_row, "rotation": rotation, "frontier": frontier, "orbits": orbits, "mass": mass}
 """name -> function(pyplot) -> figure."""
 
 
