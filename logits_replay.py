@@ -231,7 +231,7 @@ def _nll(z: Tensor, z_tail, y: Tensor, record: ReplayRecord, tail, ignore_index:
     with_tail = z_tail is not None and z_tail.numel()
     if with_tail:
         # w_j exp z_j = exp(z_j + log w_j); a token of both R and S_t counts once, in S_t
-        z_tail = z_tail.add_(tail.log_weight).masked_fill_(_in_subset(tail.token_ids, record), -math.inf)
+        z_tail = z_tail.add_(tail.log_weight).masked_fill_(_in_subset(tail.token_ids, record, rows), -math.inf)
         z_max = z_max.maximum(z_tail.detach().amax(1))
     # L_t = (max - z_y) + log(sum of exp(z_j - max)); the maximum, a constant, keeps exp from overflowing
     total = zeros.index_add(0, rows, (z - z_max[rows]).exp())
@@ -459,12 +459,12 @@ class _SampledLogits(torch.autograd.Function):
         return grad_h, grad_W, None, None, None, None
 
 
-def _in_subset(token_ids: Tensor, record: ReplayRecord) -> Tensor:
-    """(N, M) bool: is token_ids[j], (M,) ascending, in row t of the record? Without waiting for the device."""
+def _in_subset(token_ids: Tensor, record: ReplayRecord, rows: Tensor) -> Tensor:
+    """(N, M) bool: is token_ids[j], (M,) ascending, in row t of the record? It does not wait for the device."""
     M, ids = len(token_ids), record.token_ids.long()
     column = torch.searchsorted(token_ids, ids).clamp(max=M - 1)
     found = torch.zeros(len(record), M + 1, dtype=torch.bool, device=ids.device)
-    found[record.rows, torch.where(token_ids[column] == ids, column, M)] = True  # column M: those that are not there
+    found[rows, torch.where(token_ids[column] == ids, column, M)] = True  # column M: those that are not there
     return found[:, :M]
 
 

@@ -134,37 +134,41 @@ def stage0_row(plt):
         bars = ax.barh(range(len(tokens)), p, color=[BLUE if token["recorded"] else RED for token in tokens])
         ax.bar_label(bars, [f"{x:.3f}" if x >= 5e-4 else "0" for x in p], padding=2, color=GREY, size=9)
         ax.set(title=f"{title}\n$\\rho$ = {found['outside_mass'][name]:.2f}", xlim=(0, 1.28), xticks=(0, 0.5, 1))
-        ax.set_yticks(range(len(tokens)), [repr(token["text"])[1:-1].replace(" ", "\u2423") + (" *" if token["gold"] else "")
+        ax.set_yticks(range(len(tokens)), [repr(token["text"])[1:-1].replace(" ", "\u2423") + " *" * token["gold"]
                                            for token in tokens])
     axes[0].invert_yaxis()
-    figure.supxlabel(f"probability; blue: in S (the top K that reach tau = {found['tau']}, and gold *); red: outside", size=10)
+    figure.supxlabel(f"probability; blue: in S, the top K that reach tau = {found['tau']}, and gold *; red: outside",
+                     size=10)
     return figure
 
 
 def frontier(plt):
     """Accuracy against forgetting of the six methods; a point a learning rate, mean over bases and seeds."""
     report, rows = study()
-    figure, axes = plt.subplots(figsize=(WIDTH, 4))
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(WIDTH, 4.4), sharex=True, height_ratios=(3, 1))
     looks = {"full": (GREY, "o"), "replay": (RED, "s"), "tail": (BLUE, "D")}
     for method in report.sweep.script.METHODS:
         color, marker = looks[method.split("+")[0]]
-        solid = method.endswith("adamw")
+        axes, line = lower if method.startswith("replay") else upper, "-" if method.endswith("adamw") else "--"
         groups = report.by_rate(report.select(rows, method=method))
         x = [report.mean(group, "forgetting") for group in groups.values()]
         y = [100 * report.mean(group, "accuracy") for group in groups.values()]
-        axes.plot(x, y, "-" if solid else "--", marker=marker, color=color, mfc=color if solid else "none", ms=5, label=method)
+        axes.plot(x, y, line, marker=marker, color=color, mfc=color if line == "-" else "none", ms=5, label=method)
         if method in ("full+adamw", "tail+adamw"):
             for lr, a, b in zip(groups, x, y):
-                side = (-4, 6) if method == "tail+adamw" else (4, -12)
-                axes.annotate(f"{1e4 * lr:g}", (a, b), side, textcoords="offset points", size=9, color=color,
-                              ha="right" if side[0] < 0 else "left")
-    axes.annotate("better", (0.03, 0.97), (0.13, 0.85), xycoords="axes fraction", color=GREEN, size=11, va="top",
-                  arrowprops=dict(arrowstyle="-|>", color=GREEN, lw=1.5))
-    axes.set(xscale="log", xlabel="forgetting: rise of the general NLL, nats a token (log scale); labels: lr / 1e-4",
-             ylabel="test accuracy, %", xticks=(0.05, 0.1, 0.2, 0.5, 1, 2), xticklabels=("0.05", "0.1", "0.2", "0.5", "1", "2"))
-    axes.minorticks_off()
-    axes.grid(True)
-    axes.legend(loc="center right")
+                above = method == "tail+adamw"
+                axes.annotate(f"{1e4 * lr:g}", (a, b), (-4, 6) if above else (4, -12), textcoords="offset points", size=9,
+                              color=color, ha="right" if above else "left")
+    upper.annotate("better", (0.02, 0.96), (0.1, 0.82), xycoords="axes fraction", color=GREEN, size=11, va="top",
+                   arrowprops=dict(arrowstyle="-|>", color=GREEN, lw=1.5))
+    upper.set(ylabel="test accuracy, %")
+    lower.set(xscale="log", ylabel="the same", ylim=(-4, 50), xticks=(0.05, 0.1, 0.2, 0.5, 1, 2),
+              xticklabels=("0.05", "0.1", "0.2", "0.5", "1", "2"),
+              xlabel="forgetting: rise of the general NLL, nats a token (log scale); labels: learning rate / 1e-4")
+    lower.minorticks_off()
+    for axes in (upper, lower):
+        axes.grid(True)
+        axes.legend(loc="lower right" if axes is upper else "upper right")
     return figure
 
 

@@ -9,7 +9,6 @@ the smallest whose mean accuracy is within one point of the arm's best (`chosen`
 
 import collections
 import json
-import math
 import re
 import statistics
 import sys
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import sweep  # noqa: E402  (its folder is on the path only now)
 
-STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}  # 97.5 % quantile, by freedom
+STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}  # 97.5 % quantile of Student's t, by degrees of freedom
 
 
 def load():
@@ -72,14 +71,15 @@ def chosen(rows):
 
 def spread(rows, key, form):
     values = [row[key] for row in rows]
-    return form.format(statistics.mean(values)) + (f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else "")
+    deviation = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
+    return form.format(statistics.mean(values)) + deviation
 
 
 MEASURES = {"accuracy": ("accuracy", "{:.1%}"), "forgetting": ("forgetting", "{:.3f}"),
             "domain NLL": ("domain_nll_test", "{:.3f}"), "outside mass": ("outside_mass_end", "{:.4f}"),
             "tokens a row": ("subset_size_mean", "{:.0f}"), "head moved": ("head_moved", "{:.1f}"),
             "of it unseen rows": ("head_moved_unseen", "{:.1f}"), "rows moved": ("head_rows_moved", "{:.0f}"),
-            "spikes": ("spikes", "{:.1f}"), "angle": ("angle_mean_deg", "{:.0f}°"), "clipped": ("clip_fraction", "{:.0%}")}
+            "spikes": ("spikes", "{:.1f}")}
 
 
 def table(lines, titles, measures):
@@ -96,7 +96,7 @@ def paired(rows, others, key="forgetting", difference=lambda a, b: 1 - a / b):
     by = {(row["base"], row["seed"]): row[key] for row in others}
     values = [difference(row[key], by[row["base"], row["seed"]]) for row in rows if (row["base"], row["seed"]) in by]
     middle = statistics.mean(values)
-    half = STUDENT[min(len(values) - 1, 8)] * statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else math.nan
+    half = STUDENT[len(values) - 1] * statistics.stdev(values) / len(values)**0.5
     return middle, middle - half, middle + half
 
 
@@ -128,8 +128,8 @@ def tau_table(rows):
 def record_table(rows):
     lines = []
     for size in (0, 16, 64, 256, 1024, sweep.script.V):
-        for name, settings in (("gold only (no Stage 0)", dict(variant="gold only")), ("top 1 and gold", dict(tau=0.01)),
-                               ("tau = 0.9", dict())):
+        for name, settings in (("gold only, no Stage 0", dict(variant="gold only")),
+                               ("top 1 and gold", dict(tau=0.01)), ("tau = 0.9", dict())):
             lines.append(((name, "all" if size == sweep.script.V else size),
                           at(select(rows, tail=size, **settings), sweep.DEFAULT["lr"])))
     return table(lines, ("recorded", "tail"), ("accuracy", "forgetting", "domain NLL"))
@@ -147,10 +147,10 @@ def rivals_table(rows):
 
 
 def claim(rows):
-    """Each arm against full+adamw at the rate of its highest validation accuracy: paired differences with 95 % intervals."""
+    """Each arm against full+adamw at its highest validation accuracy: paired differences with 95 % intervals."""
     full = select(rows, method="full+adamw")
     other = at(full, best(full))
-    out = [f"| against full+adamw at its best, lr {best(full):g} | lr | accuracy, points | interval | less forgetting | interval |",
+    out = [f"| against full+adamw at lr {best(full):g} | lr | accuracy, points | 95 % | less forgetting | 95 % |",
            "|---|---|---|---|---|---|"]
     arms = {method: select(rows, method=method) for method in ("full+adamw", "tail+adamw", "tail+moclip")}
     arms |= {f"full+adamw, {v}": select(rows, method="full+adamw", variant=v) for v in sweep.RIVALS}
@@ -163,8 +163,33 @@ def claim(rows):
     return "\n".join(out)
 
 
-TABLES = {"main": main_table, "frontier": frontier_table, "tau": tau_table, "record": record_table, "rivals": rivals_table,
-          "claim": claim}
+def speed_table(_):
+    found = json.loads(sweep.RESULTS.with_name("speed.json").read_text())
+    lines = [f"| {row['what']} | {row['value']} | {row['target']} |" for row in found["rows"]]
+    return "\n".join(["| what | measured | aim |", "|---|---|---|", *lines])
+
+
+def pretrained_table(_):
+    out = ["| tau | lr | method | accuracy | forgetting | domain NLL | tokens a row | s a step |", "|" + "---|" * 8]
+    for study in json.loads(sweep.RESULTS.with_name("pretrained.json").read_text()):
+        at, late = study["config"], study["config"].get("record_at", "0") != "0"
+        for run in study["runs"]:
+            if run["method"] != "base":
+                size = f"{run['subset_size_mean']:.0f}" if run.get("subset_size_mean") else "all"
+                name = run["method"] + ", recorded at step 8" * (late and not run["method"].startswith("full"))
+                out.append(f"| {at['tau']} | {at['lr']} | {name} | {run['domain_accuracy']:.1%} | {run['forgetting']:.3f} "
+                           f"| {run['domain_nll']:.3f} | {size} | {run['step_ms'] / 1e3:.1f} |")
+    return "\n".join(out)
+
+
+def bases_table(_):
+    lines = [f"| {row['base']} | `{row['fingerprint']}` | {row['parameters']:,} | {row['domain_nll_test']:.3f} "
+             f"| {row['general_nll_test']:.3f} |" for row in json.loads(sweep.RESULTS.read_text())["bases"]]
+    return "\n".join(["| base seed | fingerprint | parameters | domain NLL | general NLL |", "|---|---|---|---|---|", *lines])
+
+
+TABLES = {"main": main_table, "frontier": frontier_table, "claim": claim, "tau": tau_table, "record": record_table,
+          "rivals": rivals_table, "bases": bases_table, "speed": speed_table, "pretrained": pretrained_table}
 READMES = sweep.ROOT / "README.md", sweep.ROOT / "experiments/README.md"
 
 

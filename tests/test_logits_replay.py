@@ -478,6 +478,31 @@ def test_the_linear_form_with_a_tail_never_makes_an_N_by_V_tensor():
     assert seen.elements <= max(V * d, N * (len(tail.token_ids) + 1))  # dL/dW, and (N, M) with one column to spare
 
 
+class Reads(TorchDispatchMode):
+    """Counts the operations that wait for the device: those whose result's value or shape the host needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        masked = function is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        reads = ("_local_scalar_dense", "nonzero", "repeat_interleave", "unique")
+        self.count += masked or any(name in str(function) for name in reads)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_tail_adds_no_wait_for_the_device():
+    torch.manual_seed(0)
+    h, W, y = torch.randn(6, 4, requires_grad=True), torch.randn(20, 4, requires_grad=True), torch.tensor([3, 1, -100, 0, 7, 7])
+    record, counts = record_topk(h @ W.T, y, 0.5), []
+    for tail in (None, sample_tail(y, 20, 4)):
+        with Reads() as reads:
+            linear_replay_cross_entropy(h, W, y, record, tail=tail).backward()
+        counts.append(reads.count)
+    assert counts[0] == counts[1] > 0
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_an_ignored_row_takes_no_part_in_the_tail_whatever_it_holds(reduction):
     torch.manual_seed(0)
