@@ -277,6 +277,11 @@ loss, gradient = 0.0, [0.0] * len(z)
         ("no gradient to R", BOTH, "for j in x:\n                grad", "for j in subset:\n                grad"),
         ("gradient without the weights", BOTH, *within(GRADIENT, "x[j]", "z[j]")),
     ],
+    "8_end_to_end.json": [
+        ("outside mass of function 2 in float32", WIDE, "return [mass_outside(softmax(z), subset) if",
+         "return [f32(mass_outside(softmax(z), subset)) if"),
+        ("outside mass at the end of an empty row is 1", BOTH, " if subset else 0.0 for z", " for z"),
+    ],
 }
 
 
