@@ -1,7 +1,7 @@
 """The method without a framework: plain loops over Python floats (float64), `math` and nothing else.
 
-The second thing to read, after `logits_replay.py` and `moclip.py`: what their tests compare them with, and what a port
-starts from. Every function does what its first line says, in that order, in one pass over its arguments or a sort.
+To read after `logits_replay.py` and `moclip.py`, or, for a port, after tests/vectors/README.md: what the tests compare
+both with. Every function does what its first line says, in that order, in one pass over its arguments or a sort.
 
 Vectors are lists, matrices lists of rows, a record is `token_ids`: for each position the ascending ids of its subset
 S_t. Names are those of the golden vectors (tests/vectors/README.md). `record_topk` starts from probabilities, so that a
@@ -144,33 +144,33 @@ def norm(x):
 
 
 def angle_between(u, v):
-    """atan2(length of v's component orthogonal to u, component along u), in [0, pi]; 0 if one vector is zero."""
+    """atan2(|r|, c) in [0, pi], where u/|u| = c v/|v| + r with r orthogonal to v; 0 if one vector is zero."""
     if norm(u) == 0 or norm(v) == 0:
         return 0.0
     u, v = [x / norm(u) for x in u], [x / norm(v) for x in v]
-    along = math.fsum(a * b for a, b in zip(u, v))
-    return math.atan2(norm([b - along * a for a, b in zip(u, v)]), along)
+    c = math.fsum(a * b for a, b in zip(u, v))
+    return math.atan2(norm([a - c * b for a, b in zip(u, v)]), c)
 
 
 def clip_angle(grad, momentum, max_angle, eps=2.0**-52):
     """(g~, theta, clipped, antiparallel): g = grad, rotated towards m = momentum if their angle theta is > max_angle.
 
-        g~ = |g| (cos(max_angle) m/|m| + sin(max_angle) u)   if clipped and not antiparallel, g otherwise
+        g~ = |g| (cos(max_angle) m/|m| + sin(max_angle) n)   if clipped and not antiparallel, g otherwise
 
-    clipped: theta > max_angle. u: unit vector of g's component orthogonal to m. antiparallel: none, or mere rounding,
+    clipped: theta > max_angle. n: unit vector of g's component orthogonal to m. antiparallel: none, or mere rounding,
     that is clipped, theta > pi/2 and sin(theta) <= sqrt(eps), with eps that of the arithmetic.
     """
-    theta = angle_between(momentum, grad)
+    theta = angle_between(grad, momentum)
     clipped = theta > max_angle
     antiparallel = clipped and theta > math.pi / 2 and math.sin(theta) <= math.sqrt(eps)
     if not clipped or antiparallel:
         return list(grad), theta, clipped, antiparallel
     length, m_length = norm(grad), norm(momentum)
     g_hat, m_hat = [x / length for x in grad], [x / m_length for x in momentum]
-    along = math.fsum(a * b for a, b in zip(g_hat, m_hat))
-    w = [a - along * b for a, b in zip(g_hat, m_hat)]
-    w_length = norm(w)
-    rotated = [length * (math.cos(max_angle) * b + math.sin(max_angle) * (c / w_length)) for b, c in zip(m_hat, w)]
+    c = math.fsum(a * b for a, b in zip(g_hat, m_hat))
+    r = [a - c * b for a, b in zip(g_hat, m_hat)]
+    r_length = norm(r)
+    rotated = [length * (math.cos(max_angle) * b + math.sin(max_angle) * (x / r_length)) for b, x in zip(m_hat, r)]
     return rotated, theta, clipped, antiparallel
 
 

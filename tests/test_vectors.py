@@ -102,10 +102,14 @@ def test_the_readme_names_every_key_and_counts_the_variants():
 
 
 def test_the_comparison_sees_what_differs():
-    want = {"n": 3, "loss": None, "outside_mass": [1e-20], "exp_avg": [1e-9, 2.0], "x": [0.0], "on": [True]}
+    want = {"n": 3, "loss": None, "outside_mass": [1e-20], "outside_mass_at_the_end": [1e-20],
+            "exp_avg": [1e-9, 2.0], "x": [0.0], "on": [True]}
     assert compare.differences(want, want, 2.0**-52) == []
-    assert compare.differences({**want, "loss": math.nan, "x": [2.0**-43]}, want, 2.0**-52) == []
+    in_float32 = [1e-20 * (1 + 2.0**-24)]
+    assert compare.differences({**want, "loss": math.nan, "x": [2.0**-43], "outside_mass": in_float32}, want,
+                               2.0**-52) == []
     for change in ({"n": 4}, {"loss": 0.0}, {"outside_mass": [1.001e-20]}, {"exp_avg": [1.001e-9, 2.0]},
+                   {"outside_mass_at_the_end": in_float32},
                    {"x": [2.0**-41]}, {"x": [math.nan]}, {"x": []}, {"x": 0.0}, {"on": [False]}, {"x": [None]}):
         assert len(compare.differences({**want, **change}, want, 2.0**-52)) == 1, change
     assert compare.differences({key: want[key] for key in want if key != "n"}, want, 2.0**-52) == ["/n: missing, not 3"]

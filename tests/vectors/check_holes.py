@@ -33,12 +33,12 @@ GRADIENT = "gradient[j] = math.exp(x[j] - largest) / total - (j == y)"
 COUNTED = "counted = sum(y != ignore_index for y in target)"
 NOTHING = "return math.nan, gradients"
 MEAN = "return math.fsum(losses) / counted, [[x / counted for x in row] for row in gradients]"
-ANGLE = "return math.atan2(norm([b - along * a for a, b in zip(u, v)]), along)"
+ANGLE = "return math.atan2(norm([a - c * b for a, b in zip(u, v)]), c)"
 NORM = "return math.hypot(*x)"
 ZERO = "== 0:\n        return 0.0"
 ANTIPARALLEL = "clipped and theta > math.pi / 2 and math.sin(theta) <= math.sqrt(eps)"
 UNTURNED = "if not clipped or antiparallel:"
-ROTATED = "rotated = [length * (math.cos(max_angle) * b + math.sin(max_angle) * (c / w_length))"
+ROTATED = "rotated = [length * (math.cos(max_angle) * b + math.sin(max_angle) * (x / r_length))"
 ACTIVE = 'if p["gradient"] is not None]'
 LOOP = "    for members in scopes:\n"
 G = '        g = [x for p, _ in members for x in p["gradient"]]\n'
@@ -146,9 +146,9 @@ VARIANTS = {
         ("gradient of the input of one token only", BOTH, "zip(dz, linear_weight)", "[*zip(dz, linear_weight)][:1]"),
     ],
     "4_angle.json": [
-        ("arccos", WIDE, ANGLE, "return math.acos(max(-1.0, min(1.0, along)))"),
-        ("float32 arccos", BOTH, ANGLE, "return math.acos(max(-1.0, min(1.0, f32(along))))"),
-        ("arcsin", BOTH, ANGLE, "return math.asin(min(1.0, norm([b - along * a for a, b in zip(u, v)])))"),
+        ("arccos", WIDE, ANGLE, "return math.acos(max(-1.0, min(1.0, c)))"),
+        ("float32 arccos", BOTH, ANGLE, "return math.acos(max(-1.0, min(1.0, f32(c))))"),
+        ("arcsin", BOTH, ANGLE, "return math.asin(min(1.0, norm([a - c * b for a, b in zip(u, v)])))"),
         ("degrees", BOTH, *within(ANGLE, "math.atan2", "180 / math.pi * math.atan2")),
         ("pi/2 with a zero vector", BOTH, *within(ZERO, "0.0", "math.pi / 2")),
         ("0/0 with a zero vector", BOTH, *within(ZERO, "0.0", "math.nan")),
@@ -160,7 +160,7 @@ VARIANTS = {
         ("none", BOTH, UNTURNED, "if True:"),
         ("sine and cosine of the cap swapped", BOTH, *within(ROTATED, "max_angle", "math.pi / 2 - max_angle")),
         ("to the momentum's length", BOTH, *within(ROTATED, "length * (math", "m_length * (math")),
-        ("orthogonal part without normalization", BOTH, *within(ROTATED, "(c / w_length)", "c")),
+        ("orthogonal part without normalization", BOTH, *within(ROTATED, "(x / r_length)", "x")),
         ("away from the momentum", BOTH, *within(ROTATED, "(math.cos", "(-math.cos")),
         ("by the cap, not to the cap", BOTH, ROTATED, "max_angle = max(theta - max_angle, 0.0)\n    " + ROTATED),
         ("a projection, which loses length", BOTH,
@@ -276,6 +276,11 @@ loss, gradient = 0.0, [0.0] * len(z)
 """),
         ("no gradient to R", BOTH, "for j in x:\n                grad", "for j in subset:\n                grad"),
         ("gradient without the weights", BOTH, *within(GRADIENT, "x[j]", "z[j]")),
+    ],
+    "8_end_to_end.json": [
+        ("outside mass of function 2 in float32", WIDE, "return [mass_outside(softmax(z), subset) if",
+         "return [f32(mass_outside(softmax(z), subset)) if"),
+        ("outside mass at the end of an empty row is 1", BOTH, " if subset else 0.0 for z", " for z"),
     ],
 }
 

@@ -3,9 +3,9 @@
 import math
 
 # |got - want| <= 2^10 eps (scale + |want|), where scale is 1 but for these
-SMALL = {"outside_mass"}  # 2^-100: judged relatively
+SMALL = {"outside_mass", "outside_mass_at_the_end"}  # 2^-100: judged relatively
 OF_THE_LIST = {"rotated", "exp_avg", "exp_avg_sq"}  # the largest entry
-STORED_IN_FLOAT32 = {"outside_mass", "log_weight"}
+STORED_IN_FLOAT32 = {"outside_mass", "log_weight"}  # eps is at least 2^-23 (the mass at the end: softmax's own dtype)
 
 
 def numbers(x):
@@ -13,7 +13,10 @@ def numbers(x):
 
 
 def differences(got, want, eps, where="", scale=1.0):
-    """Where a result (dicts, lists, numbers) differs from the expected one: a list of sentences, empty if nowhere."""
+    """Where a result differs from the expected one: a list of sentences, empty if nowhere.
+
+    got: what json.loads could return (dicts, lists, numbers, no arrays).   eps: the port's, times the `amplification`.
+    """
     if isinstance(want, dict):
         if not isinstance(got, dict):
             return [f"{where}: {got}, not {want}"]

@@ -209,6 +209,7 @@ def angle(reference, case, eps):
 # -------------------------------------------------------------------------------------------------------- the rotation
 
 def rotation_inputs():
+    few = ("30 degrees", "just below the cap", "cap 0")  # enough where only the lengths differ from another pair's
     for name, g, m, dtype in pairs():
         theta = plain_reference.angle_between(g, m)
         caps = [("no cap", math.pi), ("90 degrees", math.pi / 2), ("30 degrees", 30 * DEGREE), ("cap 0", 0.0)]
@@ -216,7 +217,8 @@ def rotation_inputs():
             caps += [("just below the cap", theta + 2 * MARGIN), ("just beyond the cap", theta - 2 * MARGIN)]
         for cap, max_angle in caps:
             if theta == max_angle or abs(theta - max_angle) > MARGIN:
-                yield dict(name=f"{name}, {cap}", dtype=dtype, grad=g, momentum=m, max_angle=max_angle)
+                if cap in few or not any(word in name for word in ("tiny", "huge", "far apart", "zero")):
+                    yield dict(name=f"{name}, {cap}", dtype=dtype, grad=g, momentum=m, max_angle=max_angle)
     # antiparallel is what has a sine of at most sqrt(eps): 2^-26 in float64, 2^-11.5 in float32
     for exponent, dtypes in ((-10, [None]), (-14, EPS), (-22, EPS), (-30, [None])):
         for dtype in dtypes:
