@@ -33,7 +33,7 @@ import train_small as script  # noqa: E402
 RESULTS, CPU = ROOT / "experiments/results/sweep.json", torch.device("cpu")
 DEFAULT = dict(base=0, width=script.WIDTH, method="tail+adamw", variant="", tau=0.9, tail=256, lr=6e-4, max_angle=90.0,
                scope="global", batch=32, steps=200, seed=0)
-BASES, RATES = (0, 1, 2), (2e-4, 4e-4, 6e-4, 8e-4, 1.2e-3, 1.6e-3, 2.4e-3)
+BASES, RATES = (0, 1, 2), (2e-4, 4e-4, 6e-4, 8e-4, 1.2e-3, 1.6e-3, 2.4e-3, 3.2e-3)
 TAUS = (0.01, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 RIVALS = ("head frozen", "head rows of the batch", "mixed", "KL to base", "matched norm", "torque-aware")
 
@@ -58,9 +58,9 @@ def grid():
                               variant=("", "recorded at 40", "recorded every epoch")),
         "cap": runs(method=("tail+moclip", "full+moclip"), batch=(8, 32), max_angle=(60.0, 90.0, 180.0)),
         "batch": runs(method=("full+adamw", "tail+adamw", "tail+moclip"), batch=8, lr=RATES)
-        + runs(method=("full+adamw", "tail+adamw", "tail+moclip"), batch=128, steps=100, lr=RATES + (3.2e-3,)),
+        + runs(method=("full+adamw", "tail+adamw", "tail+moclip"), batch=128, steps=100, lr=RATES),
         "stability": runs(method=("full+adamw", "full+moclip", "tail+adamw", "tail+moclip"), variant=("bfloat16", "spikes"))
-        + runs(method=("full+adamw", "full+moclip", "tail+adamw", "tail+moclip"), lr=(3.2e-3, 1.28e-2)),
+        + runs(method=("full+adamw", "full+moclip", "tail+adamw", "tail+moclip"), lr=1.28e-2),
         "scope": runs(method="tail+moclip", scope=("global", "tensor")),
         "size": [run for width in (96, 384) for run in runs(method=("full+adamw", "tail+adamw", "tail+moclip"),
                                                             width=width, lr=RATES, base=0)],
