@@ -38,6 +38,17 @@ def orbit_radius(max_angle, beta1, a=4 / math.pi, b=1.0):
     return h / (2 * math.sin(steady_turn(max_angle, beta1) / 2))
 
 
+def batch_cosine(ratio, beta1):
+    """M11: cos(theta) without a cap, r / sqrt((1 + r) (r + kappa)), r = batch |mu|^2 / tr Sigma, kappa = (1 - beta1) / (1 + beta1)."""
+    return ratio / math.sqrt((1 + ratio) * (ratio + (1 - beta1) / (1 + beta1)))
+
+
+def batch_ratio(angle, beta1):
+    """M11: the r at which that angle is `angle` < pi/2, the positive root of r^2 = cos^2 (1 + r) (r + kappa)."""
+    kappa, c, s = (1 - beta1) / (1 + beta1), math.cos(angle)**2, math.sin(angle)**2
+    return (c * (1 + kappa) + math.sqrt(c**2 * (1 + kappa)**2 + 4 * s * c * kappa)) / (2 * s)
+
+
 def circle(max_angle, steps=5000, lr=0.01, betas=(0.9, 0.99)):
     """(mean, max) of |w| / lr over the last 1000 steps, and the share of them that was clipped."""
     w = torch.nn.Parameter(torch.tensor([1.0, 0.4], dtype=torch.float64))

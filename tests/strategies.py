@@ -45,3 +45,16 @@ def vector_pairs(draw, dtype=torch.float64, max_size=8, scales=(-8, 8)):
         v = rng.choice([-1, 1]) * u + 10.0 ** rng.integers(-8, 0) * w
     u, v = u * 10.0 ** draw(st.integers(*scales)), v * 10.0 ** draw(st.integers(*scales))
     return (torch.tensor(u, dtype=dtype), torch.tensor(v, dtype=dtype))[:: draw(st.sampled_from([1, -1]))]
+
+
+@st.composite
+def sampled_tails(draw, max_V=7):
+    """(z, S, y, golds, m): one position, the gold tokens of its batch (y among them), and how many others are sampled."""
+    V = draw(st.integers(3, max_V))
+    z = np.array(draw(st.lists(st.floats(-4, 4, width=32), min_size=V, max_size=V)))
+    S = draw(st.sets(st.integers(0, V - 1), min_size=1, max_size=V - 1))
+    y = draw(st.sampled_from(sorted(S)))
+    golds = {y} | draw(st.sets(st.integers(0, V - 1), max_size=V - 2))
+    if len(golds) == V:
+        golds.remove(max(golds - {y}))
+    return z, sorted(S), y, sorted(golds), draw(st.integers(1, V - len(golds)))
