@@ -2,18 +2,27 @@
 
     python experiments/theory.py
 
-Seeded, float64, under a minute on one core.
+Seeded, float64, under a minute on one core. And settings for your model, each with the statement it follows from:
+
+    python experiments/theory.py --advise --vocab 151936 --width 896 --layers 24 --epochs 3 --batch 32
+        [--record FILE.npz] [--angles 82 79 85 ...] [--lr 1e-5]
+
+record: what `ReplayRecord.save` wrote. angles: `last_angle` in degrees, of steps with max_angle=math.pi.
+
 M7: MoClip on f = |w|^2 / 2 in the plane; radius = mean |w| over the last steps, in units of lr.
 M8: gradients that are nothing but isotropic noise of norm 1; |m| and what it does to a random walk.
 """
 
+import argparse
 import math
+import statistics
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from logits_replay import ReplayRecord  # noqa: E402
 from moclip import MoClip  # noqa: E402  (the repository root must be on the path first)
 
 DEGREES = (5, 10, 20, 30, 45, 60, 75, 85, 90, 120, 150, 180)
@@ -49,6 +58,13 @@ def batch_ratio(angle, beta1):
     return (c * (1 + kappa) + math.sqrt(c**2 * (1 + kappa)**2 + 4 * s * c * kappa)) / (2 * s)
 
 
+def guaranteed_steps(tau, lr, h_norm, rho_max=0.5, betas=(0.9, 0.999), a=4 / math.pi, b=1.0):
+    """R11: steps of a linear head on a frozen body, |h|_1 = h_norm, for which a record at tau keeps rho <= rho_max."""
+    C = (1 - betas[0]) * math.sqrt(betas[1] / ((1 - betas[1]) * (betas[1] - betas[0]**2)))
+    rise = math.log(rho_max / (1 - rho_max) * tau / (1 - tau))
+    return rise / (2 * h_norm * lr * a * math.atan(C / b))
+
+
 def circle(max_angle, steps=5000, lr=0.01, betas=(0.9, 0.99)):
     """(mean, max) of |w| / lr over the last 1000 steps, and the share of them that was clipped."""
     w = torch.nn.Parameter(torch.tensor([1.0, 0.4], dtype=torch.float64))
@@ -80,7 +96,58 @@ def noise(max_angle, dimensions=4000, steps=2000, beta1=0.9):
     return torch.stack(lengths).mean().item(), torch.stack(cosines).mean().item(), (total @ total).item() / steps
 
 
-def main():
+def advise(vocab, width, layers, epochs, batch, record=None, angles=(), lr=None, beta1=0.9):
+    """Lines of advice: "From your numbers to settings" of THEORY.md, with the numbers put in."""
+    share, kappa = vocab / (vocab + 12 * layers * width), 0.0
+    yield f"head share: s = {share:.1%} of the operations, at 12 d^2 parameters a layer (R8)"
+    if record is None:
+        yield f"tau: 0.98; higher while the mean subset stays below V/10 = {vocab // 10} tokens (R1, R3)"
+    else:
+        if record.vocab_size != vocab:
+            raise ValueError(f"the record is one of vocab_size {record.vocab_size}, not of {vocab}")
+        scored = record.subset_sizes > 0  # an ignored position has an empty row
+        kappa, rho = (x[scored].double().mean().item() for x in (record.subset_sizes / vocab, record.outside_mass))
+        room = "there is room for a larger tau" if kappa < 0.1 else "a smaller tau would make it cheaper"
+        yield (f"tau: {record.tau:g} keeps {kappa * vocab:.0f} tokens a row, kappa = {kappa:.2%} of the dense head: {room} (R8);"
+               f" the gradient's bias was {2 * rho:.4f} when it was recorded (R3)")
+    budget, one = 3 * epochs * share * (1 - kappa), 1 / (3 * epochs)
+    saved = share * (1 - kappa)
+    yield (f"recordings: {math.floor(budget)} at most pay for themselves; one saves {saved - one:.1%} of all operations,"
+           f" one at every epoch {saved - 1 / 3:.1%} (R8{'' if record else '; kappa = 0'})")
+    yield (f"if outside_mass rises: a tail of V/10 = {vocab // 10} tokens costs {share / 10:.1%}, a Stage 0 {one:.1%} of all"
+           " operations (R7, R8, R9)")
+    cap = 90
+    if angles:
+        theta = math.radians(statistics.median(angles))
+        ratio = batch_ratio(theta, beta1) if theta < math.pi / 2 else 0.0
+        for degrees in (75, 60, 45):
+            needed = batch * batch_ratio(math.radians(degrees), beta1) / ratio if ratio else math.inf
+            cap = degrees if needed <= batch else cap
+            yield f"a cap of {degrees} degrees idles on noise from a batch of {needed:.0f} on (M11)"
+    yield f"max_angle: {cap} degrees ({'M11' if angles else 'M7, M8; with --angles: M11'})"
+    if lr is not None:
+        tau = record.tau if record else 0.98
+        steps = guaranteed_steps(tau, lr, width) if tau < 1 else math.inf
+        yield (f"lr: no weight moves by more than {1.826 * lr:.3g} a step (M4); if the head alone moves and |h|_1 <= d, a record"
+               f" at tau {tau:g} guarantees rho <= 1/2 for {steps:.0f} steps (R11): measure outside_mass")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--advise", action="store_true", help="print settings instead of simulating")
+    numbers = [parser.add_argument(f"--{name}", type=int) for name in ("vocab", "width", "layers", "epochs", "batch")]
+    parser.add_argument("--record", type=Path)
+    parser.add_argument("--angles", type=float, nargs="+", default=[], metavar="DEG")
+    parser.add_argument("--lr", type=float)
+    args = parser.parse_args(argv)
+    if args.advise:
+        values = {number.dest: getattr(args, number.dest) for number in numbers}
+        if not all(value is not None and value > 0 for value in values.values()):
+            parser.error("--advise needs positive " + ", ".join(f"--{name}" for name in values))
+        record = ReplayRecord.load(args.record) if args.record else None
+        for line in advise(**values, record=record, angles=args.angles, lr=args.lr):
+            print("-", line)
+        return
     torch.set_num_threads(1)
     print("M7: radius / lr on f = |w|^2 / 2, betas (0.9, 0.99)")
     print("max_angle   simulated mean    max   clipped   formula")

@@ -17,6 +17,7 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from experiments.theory import guaranteed_steps
 from logits_replay import (ReplayRecord, Tail, linear_replay_cross_entropy, outside_mass, record_topk,
                            replay_cross_entropy, sample_tail)
 from moclip import MoClip
@@ -600,7 +601,7 @@ def test_r8_head_work_is_6_d_times_nnz_and_N_M_and_no_tensor_is_larger_than_nnz_
     with CountFlops() as tailed:
         linear_replay_cross_entropy(h, W, target, record, tail=tail).backward()
     assert tailed.flops == 6 * nnz * d + 6 * N * M * d
-    assert tailed.largest <= max(nnz, N * d, V * d, N * M, N + 1, V + 1)
+    assert tailed.largest <= max(nnz, N * d, V * d, N * (M + 1), N + 1, V + 1)
 
 
 # family, layers, heads, key-value heads, width of a head, width of the MLP (learned positions), tied
@@ -959,6 +960,15 @@ def test_r11_tight_a_frozen_body_and_equal_betas_move_the_log_odds_by_two_lr_tim
         optimizer.step()
     z = (x @ W.T).detach().numpy()[0]
     assert log_odds_outside(z, [0]) == pytest.approx(2 * lr * steps * abs(h).sum(), rel=64 * EPS, abs=0)
+
+
+def test_r11_steps_that_a_record_is_guaranteed_are_those_of_the_text():
+    assert guaranteed_steps(0.98, 4e-4, 256) == pytest.approx(10.4, abs=0.05)
+    # one step fewer keeps the odds (1 - tau) / tau * e^(rise a step) at 1 or less, one more does not
+    rise = 2 * 256 * 4e-4 * 4 / math.pi * math.atan(C_LIMIT)
+    odds = [(1 - 0.98) / 0.98 * math.exp(T * rise) for T in (10, 11)]
+    assert odds[0] <= 1 < odds[1]
+    assert rise == pytest.approx(3.652 * 4e-4 * 256, rel=1e-3)
 
 
 # -- R12: an unbiased mixture ----------------------------------------------------------------------------------------
