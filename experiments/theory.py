@@ -5,9 +5,10 @@
 Seeded, float64, under a minute on one core. And settings for your model, each with the statement it follows from:
 
     python experiments/theory.py --advise --vocab 151936 --width 896 --layers 24 --epochs 3 --batch 32
-        [--record FILE.npz] [--angles 82 79 85 ...] [--lr 1e-5]
+        [--parameters 494032768] [--record FILE.npz] [--angles 82 79 85 ...] [--lr 1e-5]
 
-record: what `ReplayRecord.save` wrote. angles: `last_angle` in degrees, of steps with max_angle=math.pi.
+parameters: those used in matrix products, head included (R8's table); without it 12 d^2 a layer. record: what
+`ReplayRecord.save` wrote. angles: `last_angle` in degrees, of steps with max_angle=math.pi.
 
 M7: MoClip on f = |w|^2 / 2 in the plane; radius = mean |w| over the last steps, in units of lr.
 M8: gradients that are nothing but isotropic noise of norm 1; |m| and what it does to a random walk.
@@ -48,7 +49,9 @@ def orbit_radius(max_angle, beta1, a=4 / math.pi, b=1.0):
 
 
 def batch_cosine(ratio, beta1):
-    """M11: cos(theta) without a cap, r / sqrt((1 + r) (r + kappa)), r = batch |mu|^2 / tr Sigma, kappa = (1 - beta1) / (1 + beta1)."""
+    """M11: cos(theta) without a cap, r / sqrt((1 + r) (r + kappa)).
+
+    ratio: r = batch |mu|^2 / tr Sigma, signal to noise in a gradient. kappa = (1 - beta1) / (1 + beta1)."""
     return ratio / math.sqrt((1 + ratio) * (ratio + (1 - beta1) / (1 + beta1)))
 
 
@@ -96,10 +99,11 @@ def noise(max_angle, dimensions=4000, steps=2000, beta1=0.9):
     return torch.stack(lengths).mean().item(), torch.stack(cosines).mean().item(), (total @ total).item() / steps
 
 
-def advise(vocab, width, layers, epochs, batch, record=None, angles=(), lr=None, beta1=0.9):
+def advise(vocab, width, layers, epochs, batch, parameters=None, record=None, angles=(), lr=None, beta1=0.9):
     """Lines of advice: "From your numbers to settings" of THEORY.md, with the numbers put in."""
-    share, kappa = vocab / (vocab + 12 * layers * width), 0.0
-    yield f"head share: s = {share:.1%} of the operations, at 12 d^2 parameters a layer (R8)"
+    share = vocab * width / (parameters or vocab * width + 12 * layers * width**2)
+    yield f"head share: s = {share:.1%} of the operations{'' if parameters else ', at 12 d^2 parameters a layer'} (R8)"
+    kappa = 0.0  # at best
     if record is None:
         yield f"tau: 0.98; higher while the mean subset stays below V/10 = {vocab // 10} tokens (R1, R3)"
     else:
@@ -108,17 +112,16 @@ def advise(vocab, width, layers, epochs, batch, record=None, angles=(), lr=None,
         scored = record.subset_sizes > 0  # an ignored position has an empty row
         kappa, rho = (x[scored].double().mean().item() for x in (record.subset_sizes / vocab, record.outside_mass))
         room = "there is room for a larger tau" if kappa < 0.1 else "a smaller tau would make it cheaper"
-        yield (f"tau: {record.tau:g} keeps {kappa * vocab:.0f} tokens a row, kappa = {kappa:.2%} of the dense head: {room} (R8);"
-               f" the gradient's bias was {2 * rho:.4f} when it was recorded (R3)")
-    budget, one = 3 * epochs * share * (1 - kappa), 1 / (3 * epochs)
-    saved = share * (1 - kappa)
-    yield (f"recordings: {math.floor(budget)} at most pay for themselves; one saves {saved - one:.1%} of all operations,"
-           f" one at every epoch {saved - 1 / 3:.1%} (R8{'' if record else '; kappa = 0'})")
-    yield (f"if outside_mass rises: a tail of V/10 = {vocab // 10} tokens costs {share / 10:.1%}, a Stage 0 {one:.1%} of all"
-           " operations (R7, R8, R9)")
+        yield (f"tau: {record.tau:g} keeps {kappa * vocab:.0f} tokens a row, kappa = {kappa:.2%} of the dense head:"
+               f" {room} (R8); the gradient's bias was {2 * rho:.4f} when it was recorded (R3)")
+    saved, one = share * (1 - kappa), 1 / (3 * epochs)  # by replay in all epochs; by one Stage 0, lost
+    yield (f"recordings: {math.floor(saved / one)} at most pay for themselves; one saves {saved - one:.1%} of all"
+           f" operations, one at every epoch {saved - 1 / 3:.1%} (R8{'' if record else '; kappa = 0'})")
+    yield (f"if outside_mass rises: a tail of V/10 = {vocab // 10} tokens costs {share / 10:.1%}, a Stage 0 {one:.1%}"
+           " of all operations (R7, R8, R9)")
     cap = 90
     if angles:
-        theta = math.radians(statistics.median(angles))
+        theta = math.radians(max(statistics.median(angles), 0.1))  # at 0 no batch is too small
         ratio = batch_ratio(theta, beta1) if theta < math.pi / 2 else 0.0
         for degrees in (75, 60, 45):
             needed = batch * batch_ratio(math.radians(degrees), beta1) / ratio if ratio else math.inf
@@ -128,14 +131,15 @@ def advise(vocab, width, layers, epochs, batch, record=None, angles=(), lr=None,
     if lr is not None:
         tau = record.tau if record else 0.98
         steps = guaranteed_steps(tau, lr, width) if tau < 1 else math.inf
-        yield (f"lr: no weight moves by more than {1.826 * lr:.3g} a step (M4); if the head alone moves and |h|_1 <= d, a record"
-               f" at tau {tau:g} guarantees rho <= 1/2 for {steps:.0f} steps (R11): measure outside_mass")
+        yield (f"lr: no weight moves by more than {1.826 * lr:.3g} a step (M4); if the head alone moves and |h|_1 <= d,"
+               f" a record at tau {tau:g} guarantees rho <= 1/2 for {steps:.0f} steps (R11): measure outside_mass")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--advise", action="store_true", help="print settings instead of simulating")
     numbers = [parser.add_argument(f"--{name}", type=int) for name in ("vocab", "width", "layers", "epochs", "batch")]
+    parser.add_argument("--parameters", type=int)
     parser.add_argument("--record", type=Path)
     parser.add_argument("--angles", type=float, nargs="+", default=[], metavar="DEG")
     parser.add_argument("--lr", type=float)
@@ -145,7 +149,7 @@ def main(argv=None):
         if not all(value is not None and value > 0 for value in values.values()):
             parser.error("--advise needs positive " + ", ".join(f"--{name}" for name in values))
         record = ReplayRecord.load(args.record) if args.record else None
-        for line in advise(**values, record=record, angles=args.angles, lr=args.lr):
+        for line in advise(**values, parameters=args.parameters, record=record, angles=args.angles, lr=args.lr):
             print("-", line)
         return
     torch.set_num_threads(1)
@@ -155,7 +159,7 @@ def main(argv=None):
         D = math.radians(degrees)
         mean, largest, clipped = circle(D)
         print(f"{degrees:7d} deg {mean:14.2f} {largest:8.2f} {clipped:8.0%} {orbit_radius(D, 0.9):9.2f}")
-    print("\nM8: isotropic noise in 4000 dimensions, beta1 = 0.9 (formula above 90 degrees: that of 90, the cap is idle)")
+    print("\nM8: isotropic noise in 4000 dimensions, beta1 = 0.9 (above 90 degrees the formula is that of 90)")
     print("max_angle   |m|/|g| simulated  formula   cos(psi) simulated  formula   diffusion simulated  formula")
     for degrees in DEGREES:
         D = math.radians(min(degrees, 90))
@@ -163,7 +167,8 @@ def main(argv=None):
         T = 2000
         diffusion = x**2 * ((1 + cosine) / (1 - cosine) - 2 * cosine * (1 - cosine**T) / (1 - cosine)**2 / T)
         length, mean_cosine, walk = noise(math.radians(degrees))
-        print(f"{degrees:7d} deg {length:19.4f} {x:8.4f} {mean_cosine:20.5f} {cosine:8.5f} {walk:21.2f} {diffusion:8.2f}")
+        print(f"{degrees:7d} deg {length:19.4f} {x:8.4f} {mean_cosine:20.5f} {cosine:8.5f}"
+              f" {walk:21.2f} {diffusion:8.2f}")
 
 
 if __name__ == "__main__":

@@ -91,10 +91,12 @@ def test_advice_is_the_text_s_with_the_numbers_put_in(capsys):
         assert expected in lines
     # M11: cos(60 deg) = 1/2 is r = 0.395, 45 degrees need 1.10, so 32 * 1.10 / 0.395 = 89, and 75 idle already
     lines = advice(capsys, *options, "--angles", "10", "60", "90", "--lr", "4e-4")
-    for expected in ("75 degrees idles on noise from a batch of 9 on", "45 degrees idles on noise from a batch of 89 on",
-                     "max_angle: 60 degrees", "0.00073 a step", "for 5 steps"):
+    for expected in ("75 degrees idles on noise from a batch of 9 on", "max_angle: 60 degrees", "0.00073 a step",
+                     "45 degrees idles on noise from a batch of 89 on", "for 5 steps"):
         assert expected in lines
     assert "max_angle: 90 degrees" in advice(capsys, *options, "--angles", "91")
+    assert "max_angle: 45 degrees" in advice(capsys, *options, "--angles", "0")
+    assert "s = 25.0% of the operations (R8)" in advice(capsys, *options, "--parameters", "120000000")
     for line in lines.splitlines():  # and each says what it follows from
         assert re.search(r"\([RM]\d+|R7, R8, R9|M7, M8", line), line
 

@@ -1,7 +1,7 @@
 """M1 to M11 of THEORY.md: for each statement the property, a tight case, and what fails without an assumption.
 
-Everything is float64 and goes through the project's functions; the other side of each equation is computed here (M7's and M8's
-steady state in experiments/theory.py).
+Everything is float64 and goes through the project's functions; the other side of each equation is computed here (M7's
+and M8's steady state and M11's ratios in experiments/theory.py).
 Tolerances are multiples of EPS with the reason beside them; simulations are seeded.
 """
 
@@ -104,7 +104,7 @@ def test_m1_rotation_caps_the_angle_and_keeps_the_norm(pair, max_angle):
 def test_m1_holds_for_the_gradient_that_enters_the_momentum_of_MoClip(pair, max_angle, data):
     g, m, theta = pair
     beta1, cuts = 0.5, data.draw(several_tensors(len(g)))  # one global scope, however many tensors it is cut into
-    _, momenta, optimizer = run([2 * m, g], cuts, betas=(beta1, 0.9), max_angle=max_angle)  # after step 1 the momentum is m
+    _, momenta, optimizer = run([2 * m, g], cuts, betas=(beta1, 0.9), max_angle=max_angle)  # after step 1: momentum m
     entered = (momenta[1] - beta1 * momenta[0]) / (1 - beta1)
     tol = 16 * EPS * (1 + np.linalg.norm(m) / np.linalg.norm(g)) / math.sin(theta)  # g~ is recovered by a subtraction
     if tol < 1e-3:
@@ -177,7 +177,8 @@ def test_m2_not_unique_for_antiparallel_vectors(max_angle, azimuth):
 @given(pairs(), angles, st.floats(0.01, 0.99), st.data())
 def test_m3_momentum_turns_by_the_stated_angle_and_no_more_than_the_cap(pair, max_angle, beta1, data):
     g, m, theta = pair
-    _, momenta, _ = run([m / (1 - beta1), g], data.draw(several_tensors(len(g))), betas=(beta1, 0.9), max_angle=max_angle)
+    cuts = data.draw(several_tensors(len(g)))
+    _, momenta, _ = run([m / (1 - beta1), g], cuts, betas=(beta1, 0.9), max_angle=max_angle)
     phi, old, new = min(theta, max_angle), beta1 * np.linalg.norm(m), (1 - beta1) * np.linalg.norm(g)
     turn = plane_angle(momenta[0], momenta[1])
     length = math.hypot(new * math.sin(phi), old + new * math.cos(phi))
@@ -250,7 +251,7 @@ def C_squared_limit(beta1, beta2):
 
 
 def rounding(betas, t):
-    """Relative error of C_t and of an update: moments are t-fold products, and 1 - beta^t loses the digits of 1 / (1 - beta)."""
+    """Relative error of C_t and of an update: t-fold products, and 1 - beta^t loses the digits of 1 / (1 - beta)."""
     return (64 * t + 4 / (1 - max(betas))) * EPS
 
 
@@ -295,7 +296,8 @@ def test_m4_tight_the_arctangent_bound_is_approached_when_beta1_squared_exceeds_
 def test_m4_the_function_behind_monotonicity_is_convex_and_the_slope_of_log_one_minus_exp(u, v, weight):
     def phi(x):
         return 1.0 if x == 0 else x / math.expm1(x)
-    assert phi(weight * u + (1 - weight) * v) <= weight * phi(u) + (1 - weight) * phi(v) + 64 * EPS * (1 + abs(u) + abs(v))
+    chord = weight * phi(u) + (1 - weight) * phi(v)
+    assert phi(weight * u + (1 - weight) * v) <= chord + 64 * EPS * (1 + abs(u) + abs(v))
     if 0.01 < abs(u) < 5:  # d/dt log |1 - e^(-x t)| = phi(x t) / t, at t = 1, by a central difference
         f = lambda t: math.log(abs(math.expm1(-u * t)))  # noqa: E731
         assert (f(1 + 1e-5) - f(1 - 1e-5)) / 2e-5 == pytest.approx(phi(u), rel=1e-4, abs=1e-9)
@@ -377,7 +379,7 @@ def test_m5_scaling_all_gradients_by_a_power_of_two_changes_no_bit(gradients, ex
     gradients, options = np.resize(gradients, (len(gradients), 4)), dict(max_angle=max_angle, b=b, scope=scope)
     plain, scaled = trajectory(gradients, **options), trajectory(2.0**exponent * gradients, **options)
     assert (plain[0] == scaled[0]).all() and (plain[1] == scaled[1]).all()
-    gradients = np.array([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, -0.5], [0.0] * 4])  # and neither scope nor decay is idle
+    gradients = np.array([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, -0.5], [0.0] * 4])  # neither scope nor decay is idle
     together, apart = (trajectory(gradients, max_angle=0.5, scope=scope)[0] for scope in ("global", "tensor"))
     assert abs(together - apart).max() > 0.001
     assert (trajectory(0 * gradients)[0][-1] < 0.98).all()  # 0.99^3: decay alone
@@ -495,7 +497,8 @@ def test_m7_momentum_itself_and_the_step_may_ascend_at_any_cap():
 
 
 @given(gradient_sequences, st.floats(0, HALF_PI), decays(0.95))
-def test_m7_without_restart_momentum_is_at_least_cos_max_angle_times_the_average_gradient_norm(gradients, max_angle, beta1):
+def test_m7_without_restart_momentum_is_at_least_cos_max_angle_times_the_average_gradient_norm(
+        gradients, max_angle, beta1):
     assume(gradients.shape[1] > 1)
     average, momentum = 0.0, np.zeros(gradients.shape[1])
     for t in range(1, len(gradients) + 1):
@@ -530,7 +533,8 @@ def test_m7_exact_circular_orbit_under_steps_of_constant_length_along_the_moment
     R = h / (2 * math.sin(psi / 2))
     assert R >= h / (2 * math.sin(max_angle / 2)) * (1 - 1e-12)  # M3: psi <= max_angle
     w = np.array([R, 0.0])  # at polar angle 0 the last chord pointed along pi/2 - psi/2, and m against it
-    m = -steady_ratio(max_angle, beta1) * R * np.array([math.cos(HALF_PI - psi / 2), side * math.sin(HALF_PI - psi / 2)])
+    along = HALF_PI - psi / 2
+    m = -steady_ratio(max_angle, beta1) * R * np.array([math.cos(along), side * math.sin(along)])
     for k in range(1, 7):  # f = |w|^2 / 2, so g = w; a few steps show invariance, many would test stability
         assert plane_angle(m, w) == pytest.approx(HALF_PI + psi / 2, abs=2**14 * EPS)  # beyond max_angle: clipped
         m = beta1 * m + (1 - beta1) * clip(w, m, max_angle)
@@ -540,7 +544,7 @@ def test_m7_exact_circular_orbit_under_steps_of_constant_length_along_the_moment
 
 
 def iterates(max_angle, steps, lr=0.01, start=(1.0, 0.4), betas=(0.9, 0.99), A=None):
-    """w_t of MoClip on f = w'Aw / 2, A = 1 by default. beta2 = 0.99 settles ten times sooner than 0.999, on the same orbit."""
+    """w_t of MoClip on f = w'Aw / 2, A = 1 by default. beta2 = 0.99 settles ten times sooner than 0.999."""
     w = torch.nn.Parameter(torch.tensor(start, dtype=torch.float64))
     optimizer, path = MoClip([w], lr=lr, betas=betas, max_angle=max_angle), []
     for _ in range(steps):
@@ -616,7 +620,8 @@ def test_m7_max_angle_zero_without_restart_stays_on_one_ray_and_passes_every_dis
 def test_m8_fixed_point_recursion_contracts_by_beta1_to_the_stated_root(max_angle, beta1, x):
     c, start = math.cos(max_angle), x
     root = steady_ratio(max_angle, beta1)
-    assert (1 - beta1**2) * root**2 - 2 * beta1 * (1 - beta1) * c * root - (1 - beta1)**2 == pytest.approx(0, abs=16 * EPS)
+    quadratic = (1 - beta1**2) * root**2 - 2 * beta1 * (1 - beta1) * c * root - (1 - beta1)**2
+    assert quadratic == pytest.approx(0, abs=16 * EPS)
     assert c - 8 * EPS <= root <= 1 + 8 * EPS
     for k in range(1, 30):
         m, g = np.array([x, 0.0]), np.array([math.cos(2.5), math.sin(2.5)])  # any g beyond the cap, of norm 1
@@ -650,7 +655,7 @@ def test_m8_momentum_follows_the_recursion_exactly_while_every_step_is_clipped(s
 
 
 def noise_run(max_angle, beta1, dimensions, steps, seed=0):
-    """(|m| / |g| at the end, mean cosine of successive m, |sum of m|^2 / steps, whether all later steps were clipped)."""
+    """(|m| / |g| at the end, mean cosine of successive m, |sum of m|^2 / steps, were all steps but one clipped)."""
     rng = np.random.default_rng(seed)
     w = torch.nn.Parameter(torch.zeros(dimensions, dtype=torch.float64))
     optimizer = MoClip([w], betas=(beta1, 0.99), max_angle=max_angle)
@@ -687,7 +692,8 @@ def test_m8_table_follows_from_the_formulas():
         D = math.radians(float(cap.strip("°"))) if cap != "none" else HALF_PI
         x, psi = steady_ratio(D, 0.9), steady_turn(D, 0.9)
         c = math.cos(psi)
-        for printed, exact in ((length, x), (turn, math.degrees(psi)), (memory, 1 / (1 - c)), (diffusion, x**2 * (1 + c) / (1 - c))):
+        for printed, exact in ((length, x), (turn, math.degrees(psi)), (memory, 1 / (1 - c)),
+                               (diffusion, x**2 * (1 + c) / (1 - c))):
             digits = len(printed.partition(".")[2])
             assert printed == f"{exact:.{digits}f}"
 
@@ -707,7 +713,8 @@ def test_m8_unclipped_share_is_at_most_half_the_sine_to_the_power_n_minus_1(n, f
     assert math.sin(D)**(n - 1) <= min(1, 1 / (n * math.cos(D)**2)) * (1 + 1e-12)  # sharper than Markov's inequality
 
 
-@pytest.mark.parametrize("n, max_angle, share", [(2, 1.0, 1 / math.pi), (3, 1.0, (1 - math.cos(1.0)) / 2), (30, 1.35, None)])
+@pytest.mark.parametrize("n, max_angle, share",
+                         [(2, 1.0, 1 / math.pi), (3, 1.0, (1 - math.cos(1.0)) / 2), (30, 1.35, None)])
 def test_m8_share_of_unclipped_steps_is_that_of_the_cone_and_within_the_bound(n, max_angle, share):
     rng, steps, unclipped = np.random.default_rng(0), 3000, 0
     w = torch.nn.Parameter(torch.zeros(n, dtype=torch.float64))
@@ -744,7 +751,7 @@ def no_bias(gradient, t):
 
 
 def descend(L, start, steps, bias, lr, betas=(0.0, 0.0), max_angle=math.pi, b=1.0):
-    """MoClip on f = sum L_i w_i^2 / 2 with gradient L w + bias(L w, t): (true gradients (T, d), biases (T, d), optimizer)."""
+    """MoClip on f = sum L_i w_i^2 / 2, gradient L w + bias(L w, t): (true gradients (T, d), biases, optimizer)."""
     w = torch.nn.Parameter(torch.tensor(start, dtype=torch.float64))
     optimizer = MoClip([w], lr=lr, betas=betas, max_angle=max_angle, b=b)
     true, errors = [], []
@@ -776,9 +783,10 @@ def test_m9_sign_limit_reaches_the_stated_neighbourhood_under_any_bias(L, start,
     true, _, _ = descend(L, start, steps, bias, lr, b=b)
     h = lr * 4 / math.pi * math.atan(1 / b)
     f = (true**2 / L).sum(1) / 2
-    assert abs(true).sum(1).mean() <= (f[0] / (h * steps) + 2 * B + h * L.sum() / 2) * (1 + 1e-12)  # the mean, not only the least
+    N = 2 * B + h * L.sum() / 2
+    assert abs(true).sum(1).mean() <= (f[0] / (h * steps) + N) * (1 + 1e-12)  # the mean, not only the least
     # (c): a quadratic has |grad f|_1^2 >= |grad f|_2^2 >= 2 mu f with mu the smallest L_i
-    near = max(h * (2 * B + h * L.sum() / 2), (2 * B + h * L.sum() / 2)**2 / (2 * L.min()))
+    near = max(h * N, N**2 / (2 * L.min()))
     assert (f[1:] <= np.maximum(f[:-1], near) * (1 + 1e-12)).all()  # outside it falls, and what is inside stays
 
 
@@ -846,7 +854,7 @@ def test_m9_false_for_a_bias_that_is_not_bounded_in_the_one_norm():
 
 
 def momentum_bound(L, start, steps, bias, lr, beta1, beta2=0.99, b=1.0, max_angle=math.pi):
-    """(mean |grad f|^2, the terms of M9(b)'s bound with B, G measured on the way, largest angle), f = sum L_i w_i^2 / 2.
+    """(mean |grad f|^2, the terms of M9(b)'s bound with B, G measured, largest angle) on f = sum L_i w_i^2 / 2.
     The bound is the sum of the terms. bias(gradient, t) as in `descend`."""
     d, w = len(L), torch.nn.Parameter(torch.tensor(start, dtype=torch.float64))
     optimizer = MoClip([w], lr=lr, betas=(beta1, beta2), max_angle=max_angle, b=b)
@@ -865,7 +873,8 @@ def momentum_bound(L, start, steps, bias, lr, beta1, beta2=0.99, b=1.0, max_angl
     B = abs(entered - true).sum(1).max()  # bias, noise, rotation
     lag = d * L.max() * H * beta1 / (1 - beta1)
     f0 = (true[0]**2 / L).sum() / 2
-    terms = {"start": G * f0 / (h * steps), "stability": G * L.max() * d * H**2 / (2 * h), "bias": G * B, "lag": G * lag,
+    terms = {"start": G * f0 / (h * steps), "stability": G * L.max() * d * H**2 / (2 * h),
+             "bias": G * B, "lag": G * lag,
              "bias of turned coordinates": G * H / h * B, "lag of turned coordinates": G * H / h * lag}
     return (true**2).sum(1).mean(), terms, largest
 
@@ -876,8 +885,8 @@ def test_m9_with_momentum_the_conditional_bound_holds_with_measured_constants(be
     rng = np.random.default_rng(seed)
     noise = rng.normal(size=(60, 3))
     noise *= B / abs(noise).sum(1, keepdims=True)
-    mean, terms, largest = momentum_bound(np.array([1.0, 0.5, 2.0]), rng.normal(size=3), 60, lambda gradient, t: noise[t],
-                                          lr, beta1, beta2, b, max_angle)
+    mean, terms, largest = momentum_bound(np.array([1.0, 0.5, 2.0]), rng.normal(size=3), 60,
+                                          lambda gradient, t: noise[t], lr, beta1, beta2, b, max_angle)
     assume(max_angle == math.pi or largest < math.pi - 1e-6)  # no restart
     assert mean <= sum(terms.values()) * (1 + 1e-9)
 
@@ -891,7 +900,8 @@ HOSTILE = dict(L=np.ones(2), start=[1.01, 1.0], steps=4000, bias=turn_the_smalle
 # each is a run that the bound without the named terms would rule out: no term can be dropped
 NEEDED = [
     (["start"], dict(L=np.ones(3), start=np.ones(3), steps=10, bias=no_bias, lr=0.01, beta1=0.5)),
-    (["stability"], dict(L=np.full(3, 2.0), start=np.full(3, 1 / 16), steps=2000, bias=no_bias, lr=1 / 8, beta1=0.0, beta2=1e-3)),
+    (["stability"],
+     dict(L=np.full(3, 2.0), start=np.full(3, 1 / 16), steps=2000, bias=no_bias, lr=1 / 8, beta1=0.0, beta2=1e-3)),
     (["bias"], HOSTILE),
     (["bias of turned coordinates"], HOSTILE),
     (["lag", "lag of turned coordinates"],
@@ -920,7 +930,8 @@ def test_m9_one_coordinate_moves_downhill_but_for_the_error_of_its_momentum(grad
 def test_m9_tight_an_extremal_sequence_against_a_slope_needs_both_h_and_H(betas, t, b):
     assume(betas[0] == 0 and t == 1 or betas[0] > 0.05)
     profile = weights(betas[0], t) / weights(betas[1], t)  # M4(b): the step is H, though the gradients are tiny
-    updates, momenta, _ = run(-1e-4 * (profile / profile.max())[:, None], lr=0.1, a=1.0, betas=betas, b=b, max_angle=math.pi)
+    tiny = -1e-4 * (profile / profile.max())[:, None]
+    updates, momenta, _ = run(tiny, lr=0.1, a=1.0, betas=betas, b=b, max_angle=math.pi)
     h, H = 0.1 * math.atan(1 / b), 0.1 * math.atan(math.sqrt(C_squared(*betas, t)) / b)
     G = slope = 1.0
     error = abs(momenta[-1, 0] / (1 - betas[0]**t) - slope)
@@ -961,7 +972,7 @@ def noisy_run(ratio, beta1, max_angle, n, steps, seed=0, skip=100):
 @pytest.mark.parametrize("ratio", [0.02, 0.4, 3.0])
 def test_m11_uncapped_angle_is_that_of_the_ratio_of_signal_to_noise(ratio, beta1):
     angle, _ = noisy_run(ratio, beta1, math.pi, 2000, 60)
-    assert angle == pytest.approx(math.acos(batch_cosine(ratio, beta1)), abs=0.02)  # 1 / sqrt(2000), averaged over 60 steps
+    assert angle == pytest.approx(math.acos(batch_cosine(ratio, beta1)), abs=0.02)  # 1 / sqrt(2000), mean of 60 steps
     assert batch_ratio(angle, beta1) == pytest.approx(ratio, rel=0.1, abs=0.005)  # and back
 
 
@@ -986,7 +997,7 @@ def test_m11_table_follows_from_the_formula_and_90_degrees_never_idles():
 @settings(max_examples=20)
 @given(st.floats(0.01, 30), decays(0.99), st.integers(0, 2**32 - 1))
 def test_m11_moments_of_inner_product_and_norms_are_exact(ratio, beta1, seed):
-    # m = mu + sum of omega_i noise_i: with noise +-e in one of n directions, each equally likely, every mean can be counted
+    # m = mu + sum of omega_i noise_i; the noise is +-1 in one of n directions, equally likely: means can be counted
     n = 3
     mu = unit(np.random.default_rng(seed).normal(size=n)) * math.sqrt(ratio)
     noises = [sign * np.eye(n)[i] for i in range(n) for sign in (-1, 1)]

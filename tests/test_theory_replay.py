@@ -81,7 +81,7 @@ def full_gradient(z, y):
 
 @st.composite
 def positions(draw, outside=1, max_V=12):
-    """(z, S, y): logits in [-8, 8], a proper token set (at least `outside` tokens missing) that holds the gold token."""
+    """(z, S, y): logits in [-8, 8], a token set that lacks at least `outside` tokens, and holds the gold token."""
     V = draw(st.integers(1 + outside, max_V))
     z = draw(hnp.arrays(np.float64, V, elements=st.floats(-8, 8, width=32)))
     S = draw(st.sets(st.integers(0, V - 1), min_size=1, max_size=V - outside))
@@ -139,7 +139,8 @@ def test_r1_gold_inclusion_lowers_rho_by_its_probability_and_costs_at_most_one_m
         gain = 0 if y in core else p[y]
         assert float(record.outside_mass[y]) == pytest.approx(rho_core - gain, abs=2 * EPS32)  # stored in float32
     expected_size = float((p * record.subset_sizes.numpy()).sum())  # gold drawn from p
-    assert expected_size == pytest.approx(len(core) + p[[j for j in range(V) if j not in core]].sum(), rel=4 * V * EPS, abs=0)
+    missed = p[[j for j in range(V) if j not in core]].sum()
+    assert expected_size == pytest.approx(len(core) + missed, rel=4 * V * EPS, abs=0)
     assert expected_size <= len(core) + 1 - tau + 4 * V * V * EPS  # sizes up to V, V terms
 
 
@@ -178,7 +179,8 @@ def test_r2_replay_loss_grows_with_the_set_up_to_the_full_loss(position, data):
 @given(logit_rows, st.data())
 def test_r2_tight_whole_vocabulary_is_cross_entropy_and_tau_bounds_the_gap(z, data):
     V, y = len(z), data.draw(st.integers(0, len(z) - 1))
-    assert replay_gradient(z, range(V), y)[0] == pytest.approx(full_gradient(z, y)[0], abs=64 * EPS * (1 + abs(z).max()))
+    tol = 64 * EPS * (1 + abs(z).max())
+    assert replay_gradient(z, range(V), y)[0] == pytest.approx(full_gradient(z, y)[0], abs=tol)
     k = data.draw(st.integers(1, 16))
     logits, gold = torch.tensor(z[None]), torch.tensor([y])
     recorded = replay_cross_entropy(logits, gold, record_topk(logits, gold, k / 16))
@@ -228,7 +230,8 @@ def test_r3_false_with_the_recorded_rho_once_the_model_has_moved():
     moved = np.array([4.0, 0.0, 6.0])
     bias = replay_gradient(moved, row_of(record), 0)[1] - full_gradient(moved, 0)[1]
     assert abs(bias).sum() > 20 * 2 * float(record.outside_mass)
-    assert abs(bias).sum() == pytest.approx(2 * float(outside_mass(torch.tensor(moved[None]), record)), rel=16 * EPS, abs=0)
+    now = float(outside_mass(torch.tensor(moved[None]), record))
+    assert abs(bias).sum() == pytest.approx(2 * now, rel=16 * EPS, abs=0)
 
 
 # -- R4 and R5: the parameter-gradient bias, on a transformer --------------------------------------------------------
@@ -340,7 +343,8 @@ def test_r4_linear_head_bias_is_rank_one_and_exact(position, seed):
     target, record = torch.tensor([y]), record_of(S, V=len(z))
     replay = linear_replay_cross_entropy(leaves[0][None], leaves[1], target, record, linear_bias=leaves[2])
     full = F.cross_entropy(leaves[0][None] @ leaves[1].T + leaves[2], target)
-    g_h, g_W, g_c = ((a - b).numpy() for a, b in zip(torch.autograd.grad(replay, leaves), torch.autograd.grad(full, leaves)))
+    gradients = torch.autograd.grad(replay, leaves), torch.autograd.grad(full, leaves)
+    g_h, g_W, g_c = ((a - b).numpy() for a, b in zip(*gradients))
     rho, q, r = split(softmax(z), S)
     tol = 256 * EPS * (1 + abs(W).max() + abs(h).max()) * (1 + abs(c).max())  # z is rebuilt from W h + c, c large
     np.testing.assert_allclose(g_c, rho * (q - r), rtol=0, atol=tol)
@@ -439,8 +443,10 @@ def log_odds_outside(z, S):
     return lse(z[~inside]) - lse(z[inside])
 
 
-@pytest.mark.parametrize("step_size, replay_end, rho_end, full_end", [(0.1, 0.1, 0.99, 5), (1, 0.01, 0.9999, 8), (10, 0.001, 0.9999, 8)])
-def test_r7_replay_loss_can_vanish_while_rho_goes_to_one_and_the_full_loss_grows(step_size, replay_end, rho_end, full_end):
+@pytest.mark.parametrize("step_size, replay_end, rho_end, full_end",
+                         [(0.1, 0.1, 0.99, 5), (1, 0.01, 0.9999, 8), (10, 0.001, 0.9999, 8)])
+def test_r7_replay_loss_can_vanish_while_rho_goes_to_one_and_the_full_loss_grows(
+        step_size, replay_end, rho_end, full_end):
     W = torch.tensor([[1.0], [0.0], [3.0]], dtype=torch.float64)  # token 2, outside, shares the gold token's feature
     h = torch.tensor([[-4.0]], dtype=torch.float64, requires_grad=True)
     target = torch.tensor([0])
@@ -458,7 +464,8 @@ def test_r7_replay_loss_can_vanish_while_rho_goes_to_one_and_the_full_loss_grows
 @pytest.mark.parametrize("c, rho_end", [(0.5, 0), (1.0, 0.5), (1.5, 1)])
 def test_r7_false_unless_an_outside_logit_rises_faster_than_the_gold_one(c, rho_end):
     W = torch.tensor([[1.0], [0.0], [c]], dtype=torch.float64)
-    h, target, record = torch.tensor([[-4.0]], dtype=torch.float64, requires_grad=True), torch.tensor([0]), record_of([0, 1], V=3)
+    h = torch.tensor([[-4.0]], dtype=torch.float64, requires_grad=True)
+    target, record = torch.tensor([0]), record_of([0, 1], V=3)
     for _ in range(400):  # descent by steps of 0.05: with a fixed step size h grows like the logarithm of their number
         loss = linear_replay_cross_entropy(h, W, target, record)
         slope = torch.autograd.grad(loss, h)[0]
@@ -561,7 +568,7 @@ def test_r7_false_beyond_first_order_a_larger_step_turns_the_drift_of_a_calibrat
 # -- R8: the cost model ----------------------------------------------------------------------------------------------
 
 class CountFlops(TorchDispatchMode):
-    """Adds up the multiply-add work (2 operations each) of the matrix products that really run, and the largest output."""
+    """Adds up the multiply-adds (2 operations each) of the matrix products that run; finds the largest output."""
 
     flops = 0
     largest = 0
@@ -649,11 +656,13 @@ def test_r8_table_of_head_shares_follows_from_the_architectures():
 
 
 @settings(max_examples=40)
-@given(st.integers(1, 4), st.integers(0, 4), st.integers(0, 3) | st.none(), st.floats(0.1, 0.9), st.integers(0, 2**32 - 1))
+@given(st.integers(1, 4), st.integers(0, 4), st.integers(0, 3) | st.none(), st.floats(0.1, 0.9),
+       st.integers(0, 2**32 - 1))
 def test_r8_saving_is_that_of_the_products_a_whole_training_runs(epochs, recordings, tail_size, tau, seed):
     torch.manual_seed(seed)
     N, V, d = 6, 20, 5
-    x, target = torch.randn(N, d, dtype=torch.float64, requires_grad=True), torch.randint(0, V, (N,))  # x: embeddings, trained
+    x = torch.randn(N, d, dtype=torch.float64, requires_grad=True)  # embeddings, trained
+    target = torch.randint(0, V, (N,))
     body = nn.Sequential(nn.Linear(d, 4 * d, bias=False), nn.ReLU(), nn.Linear(4 * d, d, bias=False)).double()
     W = torch.randn(V, d, dtype=torch.float64, requires_grad=True)
     multiplied = sum(p.numel() for p in body.parameters()) + W.numel()
@@ -739,7 +748,7 @@ def test_r9_sample_tail_draws_this_design_every_sample_equally_often():
         R = tuple(tail.token_ids.tolist())
         counts[R] += 1
         np.testing.assert_allclose(tail.log_weight.exp(), design[R], rtol=4 * EPS32)
-    assert all(abs(n - draws / 6) < 4 * math.sqrt(draws / 6) for n in counts.values())  # 6 samples; four standard deviations
+    assert all(abs(n - draws / 6) < 4 * math.sqrt(draws / 6) for n in counts.values())  # four standard deviations
 
 
 @given(sampled_tails())
@@ -851,7 +860,8 @@ def test_r10_first_step_moves_exactly_the_rows_in_the_loss_each_coordinate_by_lr
         optimizer.step()
         moved = abs(W.detach() - W0).numpy()
         inside = np.isin(np.arange(V), sorted(members))
-        np.testing.assert_allclose(moved[inside], lr, rtol=0, atol=64 * EPS * (1 + abs(W0).max()))  # however small p_j is
+        tol = 64 * EPS * (1 + abs(W0).max())
+        np.testing.assert_allclose(moved[inside], lr, rtol=0, atol=tol)  # however small p_j is
         assert (moved[~inside] == 0).all()
         size = lr * math.sqrt(len(members) * d)
         assert np.linalg.norm(moved) == pytest.approx(size, rel=1e-9, abs=0)
@@ -884,7 +894,8 @@ def test_r10_false_with_weight_decay_or_a_tied_embedding():
     torch.manual_seed(0)
     W0, x, target = torch.randn(9, 4).double(), torch.tensor([5, 6]), torch.tensor([1, 2])
     record = record_of([1, 4], [2, 3], V=9)
-    for decay, tied, expected in ((0.1, False, set(range(9))), (0.0, True, {1, 2, 3, 4, 5, 6}), (0.0, False, {1, 2, 3, 4})):
+    for decay, tied, expected in ((0.1, False, set(range(9))), (0.0, True, {1, 2, 3, 4, 5, 6}),
+                                  (0.0, False, {1, 2, 3, 4})):
         W = W0.clone().requires_grad_()
         optimizer = MoClip([W], lr=0.01, weight_decay=decay)
         h = torch.tanh(W[x] if tied else W0[x])
@@ -931,10 +942,10 @@ def test_r11_log_odds_of_the_outside_move_by_at_most_the_stated_amount_a_step(se
     assume(all(len(S) < V for S in sets))
     optimizer = MoClip([W] if frozen else [W, h], lr=lr)
 
-    def state():  # per position: the log-odds, and the largest |J_i - J_j|_1 = 2 |h|_1, and |W_i - W_j|_1 if h is trained
+    def state():  # per position: the log-odds; the largest |J_i - J_j|_1 = 2 |h|_1, plus |W_i - W_j|_1 if h is trained
         z, w, x = ((a.detach().numpy()) for a in (h @ W.T, W, h))
-        D = [2 * abs(x[t]).sum() + (0 if frozen else max(abs(w[i] - w[j]).sum() for i in S for j in range(V) if j not in S))
-             for t, S in enumerate(sets)]
+        apart = [max(abs(w[i] - w[j]).sum() for i in S for j in range(V) if j not in S) for S in sets]
+        D = [2 * abs(x[t]).sum() + (0 if frozen else apart[t]) for t in range(N)]
         return np.array([log_odds_outside(z[t], S) for t, S in enumerate(sets)]), np.array(D)
 
     start, D = state()
