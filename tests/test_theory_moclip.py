@@ -141,11 +141,12 @@ def test_m1_antiparallel_begins_where_the_sine_is_the_square_root_of_eps(dtype, 
     assert clip_angle(g, m, 0.0)[1] < digits / 1000
 
 
-@given(st.floats(0.1, 10), st.floats(0, 3.1), st.floats(0.1, 10))
-def test_m1_false_for_antiparallel_vectors_which_pass_and_restart_the_momentum(size, max_angle, momentum):
-    m, g = np.array([momentum, 0.0]), np.array([-size, 0.0])
+@given(st.floats(0.1, 10), st.floats(0, 3.1), st.floats(0.1, 10), several_tensors(3))
+def test_m1_false_for_antiparallel_vectors_which_pass_and_restart_the_momentum(size, max_angle, momentum, cuts):
+    direction = np.array([1.0, -0.5, 2.0])
+    m, g = momentum * direction, -size * direction
     assert (clip(g, m, max_angle) == g).all()  # still at pi: the cap is broken, no plane to rotate in
-    _, momenta, _ = run([m, g], betas=(0.9, 0.9), max_angle=max_angle)
+    _, momenta, _ = run([m, g], cuts, betas=(0.9, 0.9), max_angle=max_angle)  # all tensors of the scope restart
     np.testing.assert_allclose(momenta[1], (1 - 0.9) * g, rtol=2 * EPS)  # no trace of m: nothing to hold an angle with
 
 
