@@ -2,18 +2,28 @@
 
     python experiments/theory.py
 
-Seeded, float64, under a minute on one core.
+Seeded, float64, under a minute on one core. And settings for your model, each with the statement it follows from:
+
+    python experiments/theory.py --advise --vocab 151936 --width 896 --layers 24 --epochs 3 --batch 32
+        [--parameters 494032768] [--record FILE.npz] [--angles 82 79 85 ...] [--lr 1e-5]
+
+parameters: those used in matrix products, head included (R8's table); without it 12 d^2 a layer. record: what
+`ReplayRecord.save` wrote. angles: `last_angle` in degrees, of steps with max_angle=math.pi.
+
 M7: MoClip on f = |w|^2 / 2 in the plane; radius = mean |w| over the last steps, in units of lr.
 M8: gradients that are nothing but isotropic noise of norm 1; |m| and what it does to a random walk.
 """
 
+import argparse
 import math
+import statistics
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from logits_replay import ReplayRecord  # noqa: E402
 from moclip import MoClip  # noqa: E402  (the repository root must be on the path first)
 
 DEGREES = (5, 10, 20, 30, 45, 60, 75, 85, 90, 120, 150, 180)
@@ -36,6 +46,26 @@ def orbit_radius(max_angle, beta1, a=4 / math.pi, b=1.0):
     h = sum(a * math.hypot(math.atan(math.sqrt(2) * x * math.cos(2 * math.pi * k / n) / b),
                            math.atan(math.sqrt(2) * x * math.sin(2 * math.pi * k / n) / b)) for k in range(n)) / n
     return h / (2 * math.sin(steady_turn(max_angle, beta1) / 2))
+
+
+def batch_cosine(ratio, beta1):
+    """M11: cos(theta) without a cap, r / sqrt((1 + r) (r + kappa)).
+
+    ratio: r = batch |mu|^2 / tr Sigma, signal to noise in a gradient. kappa = (1 - beta1) / (1 + beta1)."""
+    return ratio / math.sqrt((1 + ratio) * (ratio + (1 - beta1) / (1 + beta1)))
+
+
+def batch_ratio(angle, beta1):
+    """M11: the r at which that angle is `angle` < pi/2, the positive root of r^2 = cos^2 (1 + r) (r + kappa)."""
+    kappa, c, s = (1 - beta1) / (1 + beta1), math.cos(angle)**2, math.sin(angle)**2
+    return (c * (1 + kappa) + math.sqrt(c**2 * (1 + kappa)**2 + 4 * s * c * kappa)) / (2 * s)
+
+
+def guaranteed_steps(tau, lr, h_norm, rho_max=0.5, betas=(0.9, 0.999), a=4 / math.pi, b=1.0):
+    """R11: steps of a linear head on a frozen body, |h|_1 = h_norm, for which a record at tau keeps rho <= rho_max."""
+    C = (1 - betas[0]) * math.sqrt(betas[1] / ((1 - betas[1]) * (betas[1] - betas[0]**2)))
+    rise = math.log(rho_max / (1 - rho_max) * tau / (1 - tau))
+    return rise / (2 * h_norm * lr * a * math.atan(C / b))
 
 
 def circle(max_angle, steps=5000, lr=0.01, betas=(0.9, 0.99)):
@@ -69,7 +99,59 @@ def noise(max_angle, dimensions=4000, steps=2000, beta1=0.9):
     return torch.stack(lengths).mean().item(), torch.stack(cosines).mean().item(), (total @ total).item() / steps
 
 
-def main():
+def advise(vocab, width, layers, epochs, batch, parameters=None, record=None, angles=(), lr=None, beta1=0.9):
+    """Lines of advice: "From your numbers to settings" of THEORY.md, with the numbers put in."""
+    share = vocab * width / (parameters or vocab * width + 12 * layers * width**2)
+    yield f"head share: s = {share:.1%} of the operations{'' if parameters else ', at 12 d^2 parameters a layer'} (R8)"
+    kappa = 0.0  # at best
+    if record is None:
+        yield f"tau: 0.98; higher while the mean subset stays below V/10 = {vocab // 10} tokens (R1, R3)"
+    else:
+        if record.vocab_size != vocab:
+            raise ValueError(f"the record is one of vocab_size {record.vocab_size}, not of {vocab}")
+        scored = record.subset_sizes > 0  # an ignored position has an empty row
+        kappa, rho = (x[scored].double().mean().item() for x in (record.subset_sizes / vocab, record.outside_mass))
+        room = "there is room for a larger tau" if kappa < 0.1 else "a smaller tau would make it cheaper"
+        yield (f"tau: {record.tau:g} keeps {kappa * vocab:.0f} tokens a row, kappa = {kappa:.2%} of the dense head:"
+               f" {room} (R8); the gradient's bias was {2 * rho:.4f} when it was recorded (R3)")
+    saved, one = share * (1 - kappa), 1 / (3 * epochs)  # by replay in all epochs; by one Stage 0, lost
+    yield (f"recordings: {math.floor(saved / one)} at most pay for themselves; one saves {saved - one:.1%} of all"
+           f" operations, one at every epoch {saved - 1 / 3:.1%} (R8{'' if record else '; kappa = 0'})")
+    yield (f"if outside_mass rises: a tail of V/10 = {vocab // 10} tokens costs {share / 10:.1%}, a Stage 0 {one:.1%}"
+           " of all operations (R7, R8, R9)")
+    cap = 90
+    if angles:
+        theta = math.radians(max(statistics.median(angles), 0.1))  # at 0 no batch is too small
+        ratio = batch_ratio(theta, beta1) if theta < math.pi / 2 else 0.0
+        for degrees in (75, 60, 45):
+            needed = batch * batch_ratio(math.radians(degrees), beta1) / ratio if ratio else math.inf
+            cap = degrees if needed <= batch else cap
+            yield f"a cap of {degrees} degrees idles on noise from a batch of {needed:.0f} on (M11)"
+    yield f"max_angle: {cap} degrees ({'M11' if angles else 'M7, M8; with --angles: M11'})"
+    if lr is not None:
+        tau = record.tau if record else 0.98
+        steps = guaranteed_steps(tau, lr, width) if tau < 1 else math.inf
+        yield (f"lr: no weight moves by more than {1.826 * lr:.3g} a step (M4); if the head alone moves and |h|_1 <= d,"
+               f" a record at tau {tau:g} guarantees rho <= 1/2 for {steps:.0f} steps (R11): measure outside_mass")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--advise", action="store_true", help="print settings instead of simulating")
+    numbers = [parser.add_argument(f"--{name}", type=int) for name in ("vocab", "width", "layers", "epochs", "batch")]
+    parser.add_argument("--parameters", type=int)
+    parser.add_argument("--record", type=Path)
+    parser.add_argument("--angles", type=float, nargs="+", default=[], metavar="DEG")
+    parser.add_argument("--lr", type=float)
+    args = parser.parse_args(argv)
+    if args.advise:
+        values = {number.dest: getattr(args, number.dest) for number in numbers}
+        if not all(value is not None and value > 0 for value in values.values()):
+            parser.error("--advise needs positive " + ", ".join(f"--{name}" for name in values))
+        record = ReplayRecord.load(args.record) if args.record else None
+        for line in advise(**values, parameters=args.parameters, record=record, angles=args.angles, lr=args.lr):
+            print("-", line)
+        return
     torch.set_num_threads(1)
     print("M7: radius / lr on f = |w|^2 / 2, betas (0.9, 0.99)")
     print("max_angle   simulated mean    max   clipped   formula")
@@ -77,7 +159,7 @@ def main():
         D = math.radians(degrees)
         mean, largest, clipped = circle(D)
         print(f"{degrees:7d} deg {mean:14.2f} {largest:8.2f} {clipped:8.0%} {orbit_radius(D, 0.9):9.2f}")
-    print("\nM8: isotropic noise in 4000 dimensions, beta1 = 0.9 (formula above 90 degrees: that of 90, the cap is idle)")
+    print("\nM8: isotropic noise in 4000 dimensions, beta1 = 0.9 (above 90 degrees the formula is that of 90)")
     print("max_angle   |m|/|g| simulated  formula   cos(psi) simulated  formula   diffusion simulated  formula")
     for degrees in DEGREES:
         D = math.radians(min(degrees, 90))
@@ -85,7 +167,8 @@ def main():
         T = 2000
         diffusion = x**2 * ((1 + cosine) / (1 - cosine) - 2 * cosine * (1 - cosine**T) / (1 - cosine)**2 / T)
         length, mean_cosine, walk = noise(math.radians(degrees))
-        print(f"{degrees:7d} deg {length:19.4f} {x:8.4f} {mean_cosine:20.5f} {cosine:8.5f} {walk:21.2f} {diffusion:8.2f}")
+        print(f"{degrees:7d} deg {length:19.4f} {x:8.4f} {mean_cosine:20.5f} {cosine:8.5f}"
+              f" {walk:21.2f} {diffusion:8.2f}")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ def logits_and_targets(draw, dtype=torch.float32, max_rows=5, sizes=(1, 2, 3, 8,
     N, V = draw(st.integers(1, max_rows)), draw(st.sampled_from(sizes))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     rows = []
-    for kind in draw(st.lists(st.sampled_from(["flat", "ties", "normal", "sharp", "spike", "spread"]), min_size=N, max_size=N)):
-        z = {"flat": lambda: np.zeros(V), "ties": lambda: np.round(rng.normal(size=V)), "normal": lambda: rng.normal(size=V),
-             "sharp": lambda: 5 * rng.normal(size=V), "spread": lambda: rng.uniform(-1e4, 1e4, size=V),
+    kinds = st.sampled_from(["flat", "ties", "normal", "sharp", "spike", "spread"])
+    for kind in draw(st.lists(kinds, min_size=N, max_size=N)):
+        z = {"flat": lambda: np.zeros(V), "ties": lambda: np.round(rng.normal(size=V)),
+             "normal": lambda: rng.normal(size=V), "sharp": lambda: 5 * rng.normal(size=V),
+             "spread": lambda: rng.uniform(-1e4, 1e4, size=V),
              "spike": lambda: np.where(np.arange(V) == rng.integers(V), 30.0, rng.normal(size=V))}[kind]()
         rows.append(z)
     target = rng.integers(V, size=N)
@@ -45,3 +47,16 @@ def vector_pairs(draw, dtype=torch.float64, max_size=8, scales=(-8, 8)):
         v = rng.choice([-1, 1]) * u + 10.0 ** rng.integers(-8, 0) * w
     u, v = u * 10.0 ** draw(st.integers(*scales)), v * 10.0 ** draw(st.integers(*scales))
     return (torch.tensor(u, dtype=dtype), torch.tensor(v, dtype=dtype))[:: draw(st.sampled_from([1, -1]))]
+
+
+@st.composite
+def sampled_tails(draw, max_V=7):
+    """(z, S, y, golds, m): one position, the gold tokens of its batch, y among them, and how many others to sample."""
+    V = draw(st.integers(3, max_V))
+    z = np.array(draw(st.lists(st.floats(-4, 4, width=32), min_size=V, max_size=V)))
+    S = draw(st.sets(st.integers(0, V - 1), min_size=1, max_size=V - 1))
+    y = draw(st.sampled_from(sorted(S)))
+    golds = {y} | draw(st.sets(st.integers(0, V - 1), max_size=V - 2))
+    if len(golds) == V:
+        golds.remove(max(golds - {y}))
+    return z, sorted(S), y, sorted(golds), draw(st.integers(1, V - len(golds)))

@@ -5,9 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from experiments import theory
+from logits_replay import record_topk
 
 ROOT = Path(__file__).parent.parent
-STATEMENTS = [f"R{i}" for i in range(1, 9)] + [f"M{i}" for i in range(1, 11)]
+STATEMENTS = [f"R{i}" for i in range(1, 13)] + [f"M{i}" for i in range(1, 12)]
 
 
 def sections(text):
@@ -71,3 +75,39 @@ def test_the_check_itself_finds_each_kind_of_gap(text, tests):
     assert "R5 has no section" in complaints(text.replace("\n## R5 ", "\n## "), tests)
     assert "M10 names no test of its own" in complaints(text.replace("::test_m10_", "::test_m1_"), tests)
     assert "R2 is not in the map" in complaints(text.replace("| R2 |", "| |"), tests)
+
+
+def advice(capsys, *options):
+    theory.main(["--advise", *options])
+    return capsys.readouterr().out
+
+
+def test_advice_is_the_text_s_with_the_numbers_put_in(capsys):
+    # s = 60000 / (60000 + 12 * 10 * 500) = 1/2, and R8 with 4 epochs: 1/2 - 1/12 and 1/2 - 1/3
+    options = "--vocab", "60000", "--width", "500", "--layers", "10", "--epochs", "4", "--batch", "32"
+    lines = advice(capsys, *options)
+    for expected in ("s = 50.0%", "recordings: 6 at most", "one saves 41.7%", "every epoch 16.7%", "V/10 = 6000 tokens",
+                     "costs 5.0%, a Stage 0 8.3%", "max_angle: 90 degrees"):
+        assert expected in lines
+    # M11: cos(60 deg) = 1/2 is r = 0.395, 45 degrees need 1.10, so 32 * 1.10 / 0.395 = 89, and 75 idle already
+    lines = advice(capsys, *options, "--angles", "10", "60", "90", "--lr", "4e-4")
+    for expected in ("75 degrees idles on noise from a batch of 9 on", "max_angle: 60 degrees", "0.00073 a step",
+                     "45 degrees idles on noise from a batch of 89 on", "for 5 steps"):
+        assert expected in lines
+    assert "max_angle: 90 degrees" in advice(capsys, *options, "--angles", "91")
+    assert "max_angle: 45 degrees" in advice(capsys, *options, "--angles", "0")
+    assert "s = 25.0% of the operations (R8)" in advice(capsys, *options, "--parameters", "120000000")
+    for line in lines.splitlines():  # and each says what it follows from
+        assert re.search(r"\([RM]\d+|R7, R8, R9|M7, M8", line), line
+
+
+def test_advice_reads_a_record_and_leaves_ignored_rows_out(capsys, tmp_path):
+    record = record_topk(torch.zeros(3, 10), torch.tensor([0, -100, 9]), 0.5)  # 5 and 6 tokens; rho 0.5 and 0.4
+    record.save(tmp_path / "r.npz")
+    options = "--width", "5", "--layers", "1", "--epochs", "1", "--batch", "1", "--record", str(tmp_path / "r.npz")
+    lines = advice(capsys, "--vocab", "10", *options)
+    assert "0.5 keeps 6 tokens a row, kappa = 55.00%" in lines and "bias was 0.9000" in lines and "smaller tau" in lines
+    with pytest.raises(ValueError, match="vocab_size 10, not of 11"):
+        advice(capsys, "--vocab", "11", *options)
+    with pytest.raises(SystemExit):
+        advice(capsys, "--vocab", "10")
