@@ -22,7 +22,7 @@ The optimizer of *Logits Replay + MoClip* (Qiu, Li, Zhou, Huang, Qiu, Sun; arXiv
 
 Angles are radians throughout. The published summary of the paper gives no formula for the rotation, the scope of
 the angle, or the antiparallel case; what is chosen here, and why, stands where it happens and in README.md.
-What the choices guarantee is stated and proved in THEORY.md (M1 to M10).
+What the choices guarantee is stated and proved in THEORY.md (M1 to M11).
 Not here: fused kernels, AMSGrad, `maximize`, sparse or complex gradients.
 """
 
