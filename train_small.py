@@ -657,6 +657,14 @@ def print_table(base, runs):
         print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]))
 
 
+def print_samples(base, runs):
+    """Three test questions, the right SQL, and what the base and each run wrote."""
+    for i, (question, gold) in enumerate(base["questions"]):
+        print(f"\n{question}?\n  {'gold':14}{gold}")
+        for run in [base, *runs]:
+            print(f"  {run['method']:14}{run['samples'][i]}")
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default=torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -703,7 +711,7 @@ def main():
     base_model = Model().to(device)
     base_model.load_state_dict(state)
     mark = fingerprint(state)
-    base = {"method": "base", "key": key, "fingerprint": mark,
+    base = {"method": "base", "key": key, "fingerprint": mark, "questions": data.test[:3],
             "parameters": sum(p.numel() for p in base_model.parameters()), **evaluate(base_model, data, device)}
 
     # Stage 0, once, under the base
@@ -744,10 +752,7 @@ def main():
 
     print()
     print_table(base, runs)
-    for i, (question, gold) in enumerate(data.test[:3]):
-        print(f"\n{question}?\n  {'gold':14}{gold}")
-        for run in [base, *runs[:len(args.methods)]]:
-            print(f"  {run['method']:14}{run['samples'][i]}")
+    print_samples(base, runs[:len(args.methods)])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ the smallest whose mean accuracy is within one point of the arm's best (`chosen`
 """
 
 import collections
+import contextlib
+import io
 import json
 import re
 import statistics
@@ -177,19 +179,32 @@ def pretrained_table(_):
             if run["method"] != "base":
                 size = f"{run['subset_size_mean']:.0f}" if run.get("subset_size_mean") else "all"
                 name = run["method"] + ", recorded at step 8" * (late and not run["method"].startswith("full"))
-                out.append(f"| {at['tau']} | {at['lr']} | {name} | {run['domain_accuracy']:.1%} | {run['forgetting']:.3f} "
+                out.append(f"| {at['tau']} | {at['lr']} | {name} | {run['domain_accuracy']:.1%} "
+                           f"| {run['forgetting']:.3f} "
                            f"| {run['domain_nll']:.3f} | {size} | {run['step_ms'] / 1e3:.1f} |")
     return "\n".join(out)
+
+
+def first_run(_):
+    """What train_small.py printed at its defaults: the table, and the first of its three questions."""
+    found = json.loads(sweep.RESULTS.with_name("default.json").read_text())
+    base, runs = {**found["base"], "questions": found["base"]["questions"][:1]}, found["runs"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        sweep.script.print_table(base, runs)
+        sweep.script.print_samples(base, runs)
+    return "```\n" + out.getvalue() + "```"
 
 
 def bases_table(_):
     lines = [f"| {row['base']} | `{row['fingerprint']}` | {row['parameters']:,} | {row['domain_nll_test']:.3f} "
              f"| {row['general_nll_test']:.3f} |" for row in json.loads(sweep.RESULTS.read_text())["bases"]]
-    return "\n".join(["| base seed | fingerprint | parameters | domain NLL | general NLL |", "|---|---|---|---|---|", *lines])
+    titles = ["base seed", "fingerprint", "parameters", "domain NLL", "general NLL"]
+    return "\n".join(["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles), *lines])
 
 
 TABLES = {"main": main_table, "frontier": frontier_table, "claim": claim, "tau": tau_table, "record": record_table,
-          "rivals": rivals_table, "bases": bases_table, "speed": speed_table, "pretrained": pretrained_table}
+          "rivals": rivals_table, "first run": first_run, "bases": bases_table, "speed": speed_table,
+          "pretrained": pretrained_table}
 READMES = sweep.ROOT / "README.md", sweep.ROOT / "experiments/README.md"
 
 
