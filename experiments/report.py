@@ -3,8 +3,9 @@
     python experiments/report.py            # writes each between its marks, <!-- table NAME --> and <!-- end -->
 
 A test checks that nothing changes when it is run. A learning rate is chosen on validation questions, one for all bases:
-the smallest whose mean accuracy is within one point of the arm's best (`chosen`). What is reported are test questions;
-± is the standard deviation over bases and seeds together.
+the smallest whose mean accuracy is within two points of the arm's best (`chosen`; two points are two standard errors of
+a mean over the 915 validation questions of three bases). What is reported are test questions; ± is the standard
+deviation over bases and seeds together.
 """
 
 import collections
@@ -65,10 +66,10 @@ def best(rows):
 
 
 def chosen(rows):
-    """The smallest learning rate whose validation accuracy is within one point of the best."""
+    """The smallest learning rate whose validation accuracy is within two points of the best."""
     groups = by_rate(rows)
     top = mean(groups[best(rows)], "domain_accuracy_validation")
-    return next(lr for lr in groups if mean(groups[lr], "domain_accuracy_validation") >= top - 0.01)
+    return next(lr for lr in groups if mean(groups[lr], "domain_accuracy_validation") >= top - 0.02)
 
 
 def spread(rows, key, form):
@@ -149,19 +150,19 @@ def rivals_table(rows):
 
 
 def claim(rows):
-    """Each arm against full+adamw at its highest validation accuracy: paired differences with 95 % intervals."""
+    """Each arm against full+adamw, both at their chosen rates: paired differences with 95 % intervals."""
     full = select(rows, method="full+adamw")
-    other = at(full, best(full))
-    out = [f"| against full+adamw at lr {best(full):g} | lr | accuracy, points | 95 % | less forgetting | 95 % |",
-           "|---|---|---|---|---|---|"]
-    arms = {method: select(rows, method=method) for method in ("full+adamw", "tail+adamw", "tail+moclip")}
-    arms |= {f"full+adamw, {v}": select(rows, method="full+adamw", variant=v) for v in sweep.RIVALS}
-    for name, mine in arms.items():
-        if mine:
-            group = at(mine, chosen(mine))
-            a, b = paired(group, other, "accuracy", lambda x, y: 100 * (x - y)), paired(group, other)
-            out.append(f"| {name} | {chosen(mine):g} | {a[0]:+.1f} | {a[1]:+.1f} to {a[2]:+.1f} "
-                       f"| {b[0]:.0%} | {b[1]:.0%} to {b[2]:.0%} |")
+    reference = at(full, chosen(full))
+    titles = [f"against full+adamw at {chosen(full):g}", "lr", "accuracy, points", "95 %", "less forgetting", "95 %"]
+    out = ["| " + " | ".join(titles) + " |", "|---|---|---|---|---|---|"]
+    arms = {"full+adamw at its highest validation accuracy": at(full, best(full))}
+    for name, settings in (("full+moclip", dict(method="full+moclip")), ("tail+adamw", {}),
+                           ("tail+moclip", dict(method="tail+moclip"))):
+        arms[name] = at(select(rows, **settings), chosen(select(rows, **settings)))
+    for name, group in arms.items():
+        a, b = paired(group, reference, "accuracy", lambda x, y: 100 * (x - y)), paired(group, reference)
+        out.append(f"| {name} | {group[0]['lr']:g} | {a[0]:+.1f} | {a[1]:+.1f} to {a[2]:+.1f} "
+                   f"| {b[0]:.0%} | {b[1]:.0%} to {b[2]:.0%} |")
     return "\n".join(out)
 
 
