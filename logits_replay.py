@@ -144,7 +144,8 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
         scored = target[t] != ignore_index
         z, t = (logits[t[0]:t[-1] + 1], t) if scored.all() else (logits[t[scored]], t[scored])
         p = z.softmax(1, dtype=_wide_dtype(logits))
-        row, token, rho[t] = _cover(p, target[t, None], tau, max_size)  # (row, token): all members of the S_t, in order
+        # S_t of these rows by the definition above, as (row, token) pairs in order; how it is made fast: _cover, below
+        row, token, rho[t] = _cover(p, target[t, None], tau, max_size)
         token_ids.append(token.int())
         sizes[t] = row.bincount(minlength=len(t))
     token_ids = torch.cat([torch.empty(0, dtype=torch.int32, device=device), *token_ids])
@@ -161,7 +162,7 @@ def replay_cross_entropy(logits: Tensor, target: Tensor, record: ReplayRecord, *
         L_t = log( sum over j in S_t of exp z_j + sum over j in R, not in S_t, of w_j exp z_j ) - z_y
 
     Mirrors `F.cross_entropy`: logits (..., V), target (...), "mean" divides by the number of targets that are not
-    ignored; the result is float32 (float64 for float64 logits), in nats, shaped like target for "none". Without a tail it
+    ignored; the result is float32 (float64 for float64 logits), in nats, shaped like target for "none". Without tail it
     never exceeds `F.cross_entropy` (THEORY.md R2), and its gradient is exactly zero outside S_t (R3): nothing holds the
     outside mass down (R7). With a `Tail`, see `sample_tail`, something does (R9).
     Raises ValueError for non-finite logits, a target outside [0, V) or not in its recorded row, N or V that disagree,
@@ -225,12 +226,13 @@ def _nll(z: Tensor, z_tail, y: Tensor, record: ReplayRecord, tail, ignore_index:
     rows, zeros = record.rows, z.new_zeros(len(record))
     counted, is_gold = y != ignore_index, record.token_ids == y[rows]
     has_gold = zeros.index_add(0, rows, is_gold.to(z.dtype)) > 0
-    _require((has_gold | ~counted, "target must be in its recorded row: is this the record of this batch?"))
+    _require((has_gold | ~counted, "target must be in its recorded row: is this the record of this batch?"))  # a rule
     z_gold = zeros.index_add(0, rows, z.where(is_gold, 0))
     z_max = zeros.scatter_reduce(0, rows, z.detach(), "amax", include_self=False)
     with_tail = z_tail is not None and z_tail.numel()
     if with_tail:
-        # w_j exp z_j = exp(z_j + log w_j); a token of both R and S_t counts once, in S_t
+        # w_j exp z_j = exp(z_j + log w_j); a token of both R and S_t counts once, in S_t.
+        # In place: (N, M) is large, and autograd needs only what exp returns
         z_tail = z_tail.add_(tail.log_weight).masked_fill_(_in_subset(tail.token_ids, record, rows), -math.inf)
         z_max = z_max.maximum(z_tail.detach().amax(1))
     # L_t = (max - z_y) + log(sum of exp(z_j - max)); the maximum, a constant, keeps exp from overflowing
@@ -258,9 +260,10 @@ def sample_tail(target: Tensor, vocab_size: int, size: int, *, ignore_index=-100
 
         w_j = 1 for a gold token,   w_j = M0 / size for each of the `size` drawn,   M0 = V - number of distinct golds
 
-    Then the sum of w_j exp z_j over R without S_t is an unbiased estimate of the sum of exp z_j over all that S_t
-    leaves out (Horvitz and Thompson 1952; THEORY.md R9). The golds are sure because shared parameters push just them
-    up at other positions: what is heavy must not be left to chance. Draw a new tail every step.
+    P(j in R) w_j = 1, so the sum of w_j exp z_j over R without S_t is an unbiased estimate of the sum of exp z_j over
+    all that S_t leaves out (Horvitz and Thompson 1952; THEORY.md R9; too small with size = 0). The golds are sure since
+    shared parameters push just them up at other positions: what is heavy must not be left to chance. Draw a new tail
+    every step.
 
     target: (...), integers in [0, V) or ignore_index.   vocab_size: V.   generator: a torch.Generator, on any device.
     size: >= 0. M0 or more takes all of them with weight 1 (the loss is `F.cross_entropy`), 0 takes the golds only.

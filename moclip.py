@@ -17,7 +17,7 @@ The optimizer of *Logits Replay + MoClip* (Qiu, Li, Zhou, Huang, Qiu, Sun; arXiv
       \           /          until its angle is Delta. |g~| = |g|: rotated, not shortened.
        \         /
         \       / Delta      theta <= Delta or m = 0: g~ = g.
-         \     /             theta = pi: g and m span no plane; m restarts at zero.
+         \     /             g opposite to m, and clipped: they span no plane; g~ = g, and m restarts at zero.
           +----------> m
 
 Angles are radians throughout. The published summary of the paper gives no formula for the rotation, the scope of
@@ -54,7 +54,7 @@ def clip_angle(grad: Tensor, momentum: Tensor, max_angle: float) -> Tensor:
     """Rotate `grad` towards `momentum` until the angle between them is at most `max_angle` (radians in [0, pi]).
 
         g~ = g                                              if theta <= Delta or m = 0
-           = |g| (cos(Delta) m/|m| + sin(Delta) u)          otherwise, u = unit vector of g - <g, m/|m|> m/|m|
+           = |g| (cos(Delta) m/|m| + sin(Delta) n)          otherwise, n = unit vector of g - <g, m/|m|> m/|m|
 
     Keeps the shape, norm and dtype of `grad` and stays in the plane of both (THEORY.md M1, M2). Antiparallel vectors
     span no plane (see `_rotation`): `grad` is returned as it is, and `MoClip` restarts the momentum at zero.
@@ -63,8 +63,8 @@ def clip_angle(grad: Tensor, momentum: Tensor, max_angle: float) -> Tensor:
 
     >>> g, m, Delta = torch.tensor([-1.0, 2.0]), torch.tensor([3.0, 0.0]), math.pi / 6   # 117 degrees, down to 30
     >>> direction = m / m.norm()
-    >>> u = g - (g @ direction) * direction
-    >>> g.norm() * (math.cos(Delta) * direction + math.sin(Delta) * u / u.norm())        # the definition
+    >>> n = g - (g @ direction) * direction
+    >>> g.norm() * (math.cos(Delta) * direction + math.sin(Delta) * n / n.norm())        # the definition
     tensor([1.9365, 1.1180])
     >>> clip_angle(g, m, Delta)
     tensor([1.9365, 1.1180])
@@ -74,7 +74,7 @@ def clip_angle(grad: Tensor, momentum: Tensor, max_angle: float) -> Tensor:
     g, m = _wide(grad), _wide(momentum)
     m = m / _largest(m)
     theta, ratio = _angle([g / _largest(g)], [m])
-    # the same without u: g~ = A g + B m |g|/|m|,   A = sin(Delta)/sin(theta),   B = sin(theta - Delta)/sin(theta)
+    # the same without n: g~ = A g + B m |g|/|m|,   A = sin(Delta)/sin(theta),   B = sin(theta - Delta)/sin(theta)
     A, B, _, _ = _rotation(theta, max_angle, torch.finfo(g.dtype).eps)
     return (A * g).add_(m * (B * ratio * _largest(g))).to(grad.dtype)
 
@@ -154,7 +154,7 @@ class MoClip(torch.optim.Optimizer):
         grads = [_wide(p.grad) for _, p in entries]
         momenta = [self.state[p]["exp_avg"] for _, p in entries]
         # not by calling clip_angle: one angle spans all tensors, and its rescaling would be one more pass over each
-        theta, ratio = _angle(grads, momenta)
+        theta, ratio = _angle(grads, momenta)  # ratio = |g|/|m|
         eps = max(torch.finfo(x.dtype).eps for x in (*grads, *momenta))  # the coarsest decides, see _rotation
         A, B, clipped, antiparallel = _rotation(theta, entries[0][0]["max_angle"], eps)
         turn, kept = B * ratio, torch.where(antiparallel, torch.zeros_like(theta), 1)

@@ -1,7 +1,7 @@
 """The method without a framework: plain loops over Python floats (float64), `math` and nothing else.
 
 To read after `logits_replay.py` and `moclip.py`, or, for a port, after tests/vectors/README.md: what the tests compare
-both with. Every function does what its first line says, in that order, in one pass over its arguments or a sort.
+both with. Every function does what its docstring says, in that order, in one pass over its arguments or a sort.
 
 Vectors are lists, matrices lists of rows, a record is `token_ids`: for each position the ascending ids of its subset
 S_t. Names are those of the golden vectors (tests/vectors/README.md). `record_topk` starts from probabilities, so that a
@@ -75,7 +75,7 @@ def tail(chosen, target, vocab_size, ignore_index=-100):
     """(R, log w): the sampled tail of a batch; `chosen`, distinct, are drawn uniformly from tokens that are not gold.
 
     R holds the golds of all positions, with w = 1 (they are taken with certainty), and the chosen, each with
-    w = M0 / size, of M0 = V - #golds tokens size were chosen. So w is 1 / (probability to be in R).
+    w = M0 / size: of the M0 = V - #golds others `size` were chosen. So w is 1 / (probability to be in R).
     """
     golds = {y for y in target if y != ignore_index}
     R = sorted(golds | set(chosen))
