@@ -127,7 +127,7 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
 
     Tokens are ranked by probability, descending, equal probabilities by id, ascending: S_t is unique. p is the float32
     softmax (float64 for float64 logits), the running sum float64. tau = 1 takes every token that is needed for the
-    rounded sum to reach 1, all V if it never does. K_t is exact at any size: nothing caps it but `max_size`.
+    rounded sum to reach 1, all V if it never does. Nothing caps K_t but `max_size`.
 
     logits: (..., V), finite, any floating dtype.   target: (...), integers in [0, V) or ignore_index.
     tau: in (0, 1].   max_size: if given, an explicit cap >= 1 on |S_t|, gold included, whatever tau asks for.
@@ -144,7 +144,7 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
         scored = target[t] != ignore_index
         z, t = (logits[t[0]:t[-1] + 1], t) if scored.all() else (logits[t[scored]], t[scored])
         p = z.softmax(1, dtype=_wide_dtype(logits))
-        # S_t of these rows by the definition above, as (row, token) pairs in order; how it is made fast: _cover, below
+        # S_t of these rows, as (row, token) pairs in order: the definition at the top, made fast in _cover, below
         row, token, rho[t] = _cover(p, target[t, None], tau, max_size)
         token_ids.append(token.int())
         sizes[t] = row.bincount(minlength=len(t))
@@ -156,7 +156,7 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
 
 def replay_cross_entropy(logits: Tensor, target: Tensor, record: ReplayRecord, *, tail=None,
                          ignore_index=-100, reduction="mean") -> Tensor:
-    """Stage 1: cross-entropy under the softmax renormalized to the recorded subset, from dense logits.
+    """Stage 1: cross-entropy under the softmax renormalized to the recorded subset, from logits that are there anyway.
 
         L_t = log( sum over j in S_t of exp z_j ) - z_y                                      the paper's: tail=None
         L_t = log( sum over j in S_t of exp z_j + sum over j in R, not in S_t, of w_j exp z_j ) - z_y
@@ -226,7 +226,7 @@ def _nll(z: Tensor, z_tail, y: Tensor, record: ReplayRecord, tail, ignore_index:
     rows, zeros = record.rows, z.new_zeros(len(record))
     counted, is_gold = y != ignore_index, record.token_ids == y[rows]
     has_gold = zeros.index_add(0, rows, is_gold.to(z.dtype)) > 0
-    _require((has_gold | ~counted, "target must be in its recorded row: is this the record of this batch?"))  # a rule
+    _require((has_gold | ~counted, "target must be in its recorded row: is this the record of this batch?"))
     z_gold = zeros.index_add(0, rows, z.where(is_gold, 0))
     z_max = zeros.scatter_reduce(0, rows, z.detach(), "amax", include_self=False)
     with_tail = z_tail is not None and z_tail.numel()
@@ -260,8 +260,8 @@ def sample_tail(target: Tensor, vocab_size: int, size: int, *, ignore_index=-100
 
         w_j = 1 for a gold token,   w_j = M0 / size for each of the `size` drawn,   M0 = V - number of distinct golds
 
-    P(j in R) w_j = 1, so the sum of w_j exp z_j over R without S_t is an unbiased estimate of the sum of exp z_j over
-    all that S_t leaves out (Horvitz and Thompson 1952; THEORY.md R9; too small with size = 0). The golds are sure since
+    With size >= 1, P(j in R) w_j = 1: the sum of w_j exp z_j over R without S_t is an unbiased estimate of the sum of
+    exp z_j over all that S_t leaves out (Horvitz and Thompson 1952; THEORY.md R9). The golds are sure since
     shared parameters push just them up at other positions: what is heavy must not be left to chance. Draw a new tail
     every step.
 
@@ -289,7 +289,7 @@ def sample_tail(target: Tensor, vocab_size: int, size: int, *, ignore_index=-100
 
 
 def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:
-    """The probability outside each recorded subset, under any model's logits: what the paper's loss does not see.
+    """The probability outside each recorded subset, under these logits (the record's field: the recording model's).
 
         rho_t = sum of softmax(z_t)_j over j not in S_t
 

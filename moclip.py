@@ -17,8 +17,8 @@ The optimizer of *Logits Replay + MoClip* (Qiu, Li, Zhou, Huang, Qiu, Sun; arXiv
       \           /          until its angle is Delta. |g~| = |g|: rotated, not shortened.
        \         /
         \       / Delta      theta <= Delta or m = 0: g~ = g.
-         \     /             g opposite to m, and clipped: they span no plane; g~ = g, and m restarts at zero.
-          +----------> m
+         \     /             theta > Delta and g opposite to m, sin(theta) <= sqrt(eps) of the dtype: they span
+          +----------> m     no plane; g~ = g, and m restarts at zero.
 
 Angles are radians throughout. The published summary of the paper gives no formula for the rotation, the scope of
 the angle, or the antiparallel case; what is chosen here, and why, stands where it happens and in README.md.
@@ -73,7 +73,7 @@ def clip_angle(grad: Tensor, momentum: Tensor, max_angle: float) -> Tensor:
     _check_max_angle(max_angle)
     g, m = _wide(grad), _wide(momentum)
     m = m / _largest(m)
-    theta, ratio = _angle([g / _largest(g)], [m])
+    theta, ratio = _angle([g / _largest(g)], [m])  # ratio: |g|/|m| of these two
     # the same without n: g~ = A g + B m |g|/|m|,   A = sin(Delta)/sin(theta),   B = sin(theta - Delta)/sin(theta)
     A, B, _, _ = _rotation(theta, max_angle, torch.finfo(g.dtype).eps)
     return (A * g).add_(m * (B * ratio * _largest(g))).to(grad.dtype)
@@ -83,29 +83,29 @@ class MoClip(torch.optim.Optimizer):
     """Momentum-clipped Adam-atan2: a cap on the gradient's angle, arctan2 in place of Adam's division.
 
         theta = angle(g, m)                                               # m is the momentum BEFORE this step
-        g~    = clip_angle(g, m, Delta)                                   # m = 0 first, if g is antiparallel to it
+        g~    = clip_angle(g, m, Delta)                                   # m = 0 first, if clipped and antiparallel
         m     = beta1 m + (1 - beta1) g~
         v     = beta2 v + (1 - beta2) g~^2
         w     = (1 - lr weight_decay) w - lr a atan2(m / (1 - beta1^t), b sqrt(v / (1 - beta2^t)))
 
     Everything after the first two lines is Adam-atan2 (Everett et al., arXiv:2407.05872, section 4.3); the cap is
     arXiv:2510.09152's. a = 4/pi and b = 1 make a step with m = sqrt(v) exactly lr, as in Adam, and no coordinate ever
-    moves by more than lr a pi/2 = 2 lr (M4). Scaling the loss by a constant changes nothing (M5), so Adam's epsilon in
-    the denominator is not needed: atan2(0, 0) = 0.
+    moves by more than lr a pi/2 = 2 lr, decay apart (M4). Scaling the loss by a constant changes nothing (M5), so
+    Adam's epsilon in the denominator is not needed: atan2(0, 0) = 0.
 
     Args:
         params: parameters or parameter groups; every option below but `scope` may differ between groups
             (`max_angle` may not where scope="global": there is only one angle).
         lr: step size, >= 0, a number or a 0-dim tensor.   betas: (beta1, beta2), decay of m and v, each in [0, 1).
-        max_angle: the cap in radians, in [0, pi]. pi turns it off (Adam-atan2). Below pi/2 g~ can point uphill
-            and momentum feeds on noise (M7, M8): hence the default.
+        max_angle: the cap in radians, in [0, pi]. pi turns it off (Adam-atan2). Below pi/2 a step
+            along -g~ can go uphill and momentum feeds on noise (M7, M8): hence the default.
         a, b: > 0, output and input scale of atan2.   weight_decay: decoupled, >= 0.
         scope: "global" takes one angle over all parameters that have a gradient, the literal reading of the paper's
-            vector notation; "tensor" takes one per parameter. Neither implies the other (M10).
+            vector notation; "tensor" takes one per parameter. A cap kept in one need not be in the other (M10).
 
     State of a parameter: `step` (a float32 tensor on the CPU), `exp_avg`, `exp_avg_sq` (shaped as the parameter,
     float32 at least, also for bfloat16). After `step()`, `last_angle` and `last_clipped` hold theta and theta > Delta:
-    0-dim for "global", one entry per parameter with a gradient for "tensor". `step` never waits for the device.
+    0-dim for "global", one entry per parameter with a gradient for "tensor". `step()` never waits for the device.
     Raises ValueError for bad hyperparameters and complex parameters, RuntimeError for sparse gradients.
 
     >>> p = torch.nn.Parameter(torch.tensor([1.0]))

@@ -1,4 +1,4 @@
-"""The tables of README.md and experiments/README.md, from experiments/results/*.json alone:
+"""The tables of README.md, experiments/README.md and THEORY.md, from experiments/results/*.json alone:
 
     python experiments/report.py            # writes each between its marks, <!-- table NAME --> and <!-- end -->
 
@@ -128,6 +128,20 @@ def tau_table(rows):
     return table(lines, ("tau", "method"), ("accuracy", "forgetting", "outside mass", "tokens a row"))
 
 
+def drift_table(rows):
+    """THEORY.md R7: the outside mass at the start, at its highest and at the end."""
+    titles = ["tau", "training", "at the start", "highest", "at step", "at the end"]
+    out = ["| " + " | ".join(titles) + " |", "|---|---|---|---|---|---|"]
+    for tau, methods in ((0.9, ("full+adamw", "replay+adamw", "tail+adamw")), (0.98, ("replay+adamw", "tail+adamw"))):
+        for method in methods:
+            logs = [row["outside_mass_log"] for row in at(select(rows, method=method, tau=tau), sweep.DEFAULT["lr"])]
+            masses = [statistics.mean(points) for points in zip(*([mass for _, mass in log] for log in logs))]
+            highest = masses.index(max(masses))
+            out.append(f"| {tau} | {method} | {masses[0]:.3f} | {masses[highest]:.3f} | {logs[0][highest][0]} "
+                       f"| {masses[-1]:.3f} |")
+    return "\n".join(out)
+
+
 def record_table(rows):
     lines = []
     for size in (0, 16, 64, 256, 1024, sweep.script.V):
@@ -203,10 +217,11 @@ def bases_table(_):
     return "\n".join(["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles), *lines])
 
 
-TABLES = {"main": main_table, "frontier": frontier_table, "claim": claim, "tau": tau_table, "record": record_table,
+TABLES = {"main": main_table, "frontier": frontier_table, "claim": claim, "tau": tau_table, "drift": drift_table,
+          "record": record_table,
           "rivals": rivals_table, "first run": first_run, "bases": bases_table, "speed": speed_table,
           "pretrained": pretrained_table}
-READMES = sweep.ROOT / "README.md", sweep.ROOT / "experiments/README.md"
+READMES = sweep.ROOT / "README.md", sweep.ROOT / "experiments/README.md", sweep.ROOT / "THEORY.md"
 
 
 def fill(text, rows):

@@ -276,7 +276,7 @@ def measure_training(device, copy_rate, product_rate):
                f"{1 - ms['tail+adamw']['step_ms'] / dense['step_ms']:.0%}", "", kappa=kappa)
     script.V = default
     positions = torch.randint(len(record), (2048,))
-    t = medians(device, 20, select=lambda: record.select(positions), sample=lambda: sample_tail(positions, default, 256))
+    t = medians(device, 20, select=lambda: record.select(positions), sample=lambda: sample_tail(positions % default, default, 256))
     report("select of 2048 random rows and the sampling of a tail, ms", f"{1e3 * t['select']:.1f}, {1e3 * t['sample']:.1f}", "", seconds=t)
 
 

@@ -1,7 +1,7 @@
 """The method without a framework: plain loops over Python floats (float64), `math` and nothing else.
 
-To read after `logits_replay.py` and `moclip.py`, or, for a port, after tests/vectors/README.md: what the tests compare
-both with. Every function does what its docstring says, in that order, in one pass over its arguments or a sort.
+To read after `logits_replay.py` and `moclip.py`, which the tests compare with it, or, for a port, after
+tests/vectors/README.md. Every function does what its docstring says, in that order.
 
 Vectors are lists, matrices lists of rows, a record is `token_ids`: for each position the ascending ids of its subset
 S_t. Names are those of the golden vectors (tests/vectors/README.md). `record_topk` starts from probabilities, so that a
@@ -157,7 +157,7 @@ def clip_angle(grad, momentum, max_angle, eps=2.0**-52):
 
         g~ = |g| (cos(max_angle) m/|m| + sin(max_angle) n)   if clipped and not antiparallel, g otherwise
 
-    clipped: theta > max_angle. n: unit vector of g's component orthogonal to m. antiparallel: none, or mere rounding,
+    clipped: theta > max_angle. n: unit vector of g's component orthogonal to m. antiparallel: that is 0 or rounding,
     that is clipped, theta > pi/2 and sin(theta) <= sqrt(eps), with eps that of the arithmetic.
     """
     theta = angle_between(grad, momentum)
