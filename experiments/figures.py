@@ -157,8 +157,8 @@ def frontier(plt):
         if method in ("full+adamw", "tail+adamw"):
             for lr, a, b in zip(groups, x, y):
                 above = method == "tail+adamw"
-                axes.annotate(f"{1e4 * lr:g}", (a, b), (-4, 6) if above else (4, -12), textcoords="offset points", size=9,
-                              color=color, ha="right" if above else "left")
+                axes.annotate(f"{1e4 * lr:g}", (a, b), (-4, 6) if above else (4, -12), textcoords="offset points",
+                              size=9, color=color, ha="right" if above else "left")
     upper.annotate("better", (0.02, 0.96), (0.1, 0.82), xycoords="axes fraction", color=GREEN, size=11, va="top",
                    arrowprops=dict(arrowstyle="-|>", color=GREEN, lw=1.5))
     upper.set(ylabel="test accuracy, %")

@@ -7,8 +7,8 @@
 Stage 0, evaluation and schedule are train_small.py's own functions; the model is only put into the shape that they
 expect. Under torchrun every process records its shard of the corpus and the Trainer wraps the model in DDP (FSDP would
 shard the head, which is applied here outside the model's forward: keep it whole). Each run starts from the pretrained
-weights; what is measured goes to experiments/results/pretrained.json as soon as it is. With --checkpoints a run that was
-interrupted goes on from the Trainer's last checkpoint, with the record that lies beside it.
+weights; what is measured goes to experiments/results/pretrained.json as soon as it is. With --checkpoints a run that
+was interrupted goes on from the Trainer's last checkpoint, with the record that lies beside it.
 """
 
 import argparse
@@ -36,7 +36,7 @@ try:
     import transformers
     from transformers.trainer_utils import get_last_checkpoint
 except ImportError as error:
-    raise SystemExit("this experiment needs: pip install transformers accelerate (and gguf, for a GGUF file)") from error
+    raise SystemExit("this experiment needs: pip install transformers accelerate (and gguf for a GGUF file)") from error
 
 
 class Tokens:
@@ -87,7 +87,8 @@ def record_shards(model, tokens, targets, tau, device):
     """Stage 0: every process records its contiguous share of the corpus; `concat` joins them in order."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
-    mine = script.stage0(model, tokens.tensor_split(world)[rank], targets.tensor_split(world)[rank], tau, device).to("cpu")
+    mine = script.stage0(model, tokens.tensor_split(world)[rank],
+                         targets.tensor_split(world)[rank], tau, device).to("cpu")
     if world == 1:
         return mine
     shards = [None] * world
@@ -108,16 +109,19 @@ def main():
     parser.add_argument("--batch", type=int, default=16, help="examples a step and process")
     parser.add_argument("--train", type=int, default=480, help="training examples")
     parser.add_argument("--test", type=int, default=105, help="questions and windows of general text that are measured")
-    parser.add_argument("--part", choices=("test", "validation"), default="test", help="validation: to choose a setting")
+    parser.add_argument("--part", choices=("test", "validation"),
+                        default="test", help="validation: to choose a setting")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the order of the examples and the tails")
-    parser.add_argument("--checkpoints", type=Path, help="folder for the Trainer's checkpoints, three a run (default: none)")
+    parser.add_argument("--checkpoints", type=Path,
+                        help="folder for the Trainer's checkpoints, three a run (default: none)")
     parser.add_argument("--results", type=Path, default=ROOT / "experiments/results/pretrained.json")
     args = parser.parse_args()
 
     source = {"gguf_file": args.gguf} if args.gguf else {}
     tokens = Tokens(transformers.AutoTokenizer.from_pretrained(args.model, **source))
     arguments = transformers.TrainingArguments(
-        tempfile.mkdtemp(), max_steps=args.steps, per_device_train_batch_size=args.batch, remove_unused_columns=False, max_grad_norm=0.0,
+        tempfile.mkdtemp(), max_steps=args.steps, per_device_train_batch_size=args.batch, remove_unused_columns=False,
+        max_grad_norm=0.0,
         save_strategy="steps" if args.checkpoints else "no", save_steps=-(-args.steps // 3), report_to=[],
         logging_strategy="no", use_cpu=not torch.cuda.is_available())
     device, main_process = arguments.device, arguments.process_index == 0  # this also starts the processes' group
@@ -136,7 +140,8 @@ def main():
     script.CONTEXT = 96
     windows = torch.tensor(tokens.encode(prose)).unfold(0, script.CONTEXT + 1, script.CONTEXT)[:args.test]
     data = SimpleNamespace(tokenizer=tokens, database=database, test=questions,
-                           domain_test=script.encode_domain(tokens, questions), general_test=(windows[:, :-1], windows[:, 1:]))
+                           domain_test=script.encode_domain(tokens, questions),
+                           general_test=(windows[:, :-1], windows[:, 1:]))
     ids, labels = script.encode_domain(tokens, train)
     dataset = [{"input_ids": x, "labels": y, "index": i} for i, (x, y) in enumerate(zip(ids, labels))]
     row_of = script.record_rows(labels)

@@ -1,7 +1,7 @@
 """The arms that the six methods of train_small.py are compared with, and the controls that take one part away.
 
-Each is a function of `c`, a namespace with the model, the base (frozen), data, record, args, seed and generator of a run;
-it returns (score, optimizer) as `train_small.finetune` takes them, None for the method's own. Mean nats per position.
+Each is a function of `c`, a namespace with the model, the base (frozen), data, record, args, seed and generator of a
+run; it returns (score, optimizer) as `train_small.finetune` takes them, None for the method's own. Mean nats.
 """
 
 import sys
@@ -30,7 +30,7 @@ def head_frozen(c):
 
 
 def head_rows_of_the_batch(c):
-    """The method's loss, but the head's gradient is zeroed outside the batch's recorded tokens, golds included (R10)."""
+    """The method's loss, but the head's gradient is zeroed outside the batch's recorded tokens and golds (R10)."""
     score = own(c)
 
     def restricted(hidden, head, gold, rows):
@@ -122,7 +122,8 @@ class TorqueAdamW(torch.optim.Optimizer):
         for p in params:
             m, v = self.state[p]["m"].mul_(0.9), self.state[p]["v"].mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
             m.add_(0.1 * (1 + self.cosine) / 2 * p.grad)
-            p -= self.param_groups[0]["lr"] * (m / (1 - 0.9**self.steps)) / ((v / (1 - 0.999**self.steps)).sqrt() + 1e-8)
+            p -= self.param_groups[0]["lr"] * (m / (1 - 0.9**self.steps)) / \
+                                               ((v / (1 - 0.999**self.steps)).sqrt() + 1e-8)
 
 
 def torque_aware(c):
@@ -151,7 +152,8 @@ def frozen_sum(c):
     """A ghost token: what the base's logits add up to outside S_t stays in the sum, as a constant."""
     ghosts = []
     with torch.no_grad():
-        for x, y, rows in zip(*(part.split(64) for part in (*c.data.domain_train, script.record_rows(c.data.domain_train[1])))):
+        tokens, targets = c.data.domain_train
+        for x, y, rows in zip(*(part.split(64) for part in (tokens, targets, script.record_rows(targets)))):
             hidden, _ = script.scored_hidden(c.base, x, y, torch.device("cpu"))
             z, record = hidden @ c.base.embedding.weight.T, c.record.select(rows[y != script.IGNORE])
             ghosts.append(z.index_put((record.rows, record.token_ids.long()), torch.tensor(-torch.inf)).logsumexp(1))

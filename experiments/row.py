@@ -54,11 +54,12 @@ def main():
     row = int(torch.where(fits, after - before, -1).argmax())
     p = {name: torch.cat(part)[row] for name, part in parts.items()}
     ids = record.select([row]).token_ids.tolist()
-    shown = sorted(set(ids) | set(p["base"].topk(12).indices.tolist()) | set(p["replay+adamw"].topk(4).indices.tolist()),
-                   key=lambda j: -p["base"][j].item())
+    top = [set(p[name].topk(count).indices.tolist()) for name, count in (("base", 12), ("replay+adamw", 4))]
+    shown = sorted(set(ids).union(*top), key=lambda j: -p["base"][j].item())
     example = int(torch.searchsorted((targets != script.IGNORE).sum(1).cumsum(0), row, right=True))
     at = (targets[example] != script.IGNORE).nonzero()[row - int((targets[:example] != script.IGNORE).sum())].item()
-    found = {"context": base.data.tokenizer.decode(tokens[example, :at + 1].tolist()), "tau": s.tau, "base": base.fingerprint,
+    found = {"context": base.data.tokenizer.decode(tokens[example, :at + 1].tolist()), "tau": s.tau,
+             "base": base.fingerprint,
              "tokens": [{"text": base.data.tokenizer.decode([j]), "recorded": j in ids, "gold": j == int(gold[row]),
                          **{name: p[name][j].item() for name in p}} for j in shown],
              "outside_mass": {name: outside(part)[row].item() for name, part in parts.items()}}

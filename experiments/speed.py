@@ -64,12 +64,14 @@ def head(device, N=2048, d=256, V=50304, size=32):
     """Hidden states, head, targets and a record of about `size` tokens a row, ids Zipf-distributed (exponent 1)."""
     generator = torch.Generator().manual_seed(0)
     h, W = torch.randn(N, d, generator=generator), torch.randn(V, d, generator=generator) / d**0.5
-    zipf = lambda shape: torch.exp(torch.rand(shape, generator=generator) * torch.log(torch.tensor(float(V)))).long() - 1
+    zipf = lambda shape: torch.exp(torch.rand(shape, generator=generator) * \
+                                   torch.log(torch.tensor(float(V)))).long() - 1
     y, rows_of_ids = zipf((N,)), []
     for gold in y.tolist():
         rows_of_ids.append(sorted(list(dict.fromkeys([gold, *zipf((4 * size,)).tolist()]))[:size]))
     offsets = torch.tensor([0, *map(len, rows_of_ids)]).cumsum(0)
-    record = ReplayRecord(torch.tensor([i for row in rows_of_ids for i in row], dtype=torch.int32), offsets, torch.zeros(N), V, 0.9)
+    record = ReplayRecord(torch.tensor([i for row in rows_of_ids for i in row],
+                          dtype=torch.int32), offsets, torch.zeros(N), V, 0.9)
     return (h.to(device).requires_grad_(), W.to(device).requires_grad_(), y.to(device), record.to(device))
 
 
@@ -80,9 +82,11 @@ def head_losses(h, W, y, record):
         loss().backward()
     return {"dense": lambda: both(lambda: F.cross_entropy(h @ W.T, y)),
             "linear_cross_entropy": lambda: both(lambda: F.linear_cross_entropy(h, W, y)),
-            "chunked": lambda: both(lambda: F.linear_cross_entropy(h, W, y, options=torch.nn.LinearCrossEntropyOptions())),
+            "chunked": lambda: both(
+                lambda: F.linear_cross_entropy(h, W, y, options=torch.nn.LinearCrossEntropyOptions())),
             "replay": lambda: both(lambda: linear_replay_cross_entropy(h, W, y, record)),
-            "tail": lambda: both(lambda: linear_replay_cross_entropy(h, W, y, record, tail=sample_tail(y, len(W), 256)))}
+            "tail": lambda: both(
+                lambda: linear_replay_cross_entropy(h, W, y, record, tail=sample_tail(y, len(W), 256)))}
 
 
 def peak_of(name, queue, device, options):
@@ -122,16 +126,17 @@ def measure_head(device, copy_rate, product_rate):
         # rows of W and entries of dL/dW are read and written once for each recorded token, and dL/dW is zeroed once
         floor = max(6 * nnz * d / product_rate, 4 * d * (4 * nnz + V) / copy_rate)
         report(f"head, {nnz / N:.0f} tokens a row: faster than the fastest dense form", f"{best / t['replay']:.1f}x",
-               {32: ">= 25x", 512: "> 1x"}.get(size, ""), seconds=t, floor_seconds=floor, above_floor=t["replay"] / floor)
+               {32: ">= 25x", 512: "> 1x"}.get(size, ""), seconds=t, floor_seconds=floor,
+               above_floor=t["replay"] / floor)
         if size == 32:
             M = len(sample_tail(y, V, 256).token_ids)
-            report(f"the same with a tail of 256 and the golds (M = {M}), its sampling included", f"{best / t['tail']:.1f}x",
-                   ">= 15x", seconds=t)
+            report(f"the same with a tail of 256 and the golds (M = {M}), its sampling included",
+                   f"{best / t['tail']:.1f}x", ">= 15x", seconds=t)
     peaks = {name: peak_memory(name, device) for name in ("dense", "linear_cross_entropy", "chunked", "replay", "tail")}
     least = min(peaks["dense"], peaks["linear_cross_entropy"])
     for name, target in (("replay", "<= 0.1"), ("tail", "<= 0.2"), ("chunked", "")):
-        report(f"head, 32 tokens a row, {name}: peak memory, part of the leaner dense form's", f"{peaks[name] / least:.2f}",
-               target, megabytes={k: round(v / 1e6, 1) for k, v in peaks.items()})
+        report(f"head, 32 tokens a row, {name}: peak memory, part of the leaner dense form's",
+               f"{peaks[name] / least:.2f}", target, megabytes={k: round(v / 1e6, 1) for k, v in peaks.items()})
 
 
 def measure_large(device, *_):
@@ -143,8 +148,8 @@ def measure_large(device, *_):
     h, W, y, record = head(device, **large)
     t = medians(device, 1, **{name: head_losses(h, W, y, record)[name] for name in ("replay", "tail")})
     M = len(sample_tail(y, len(W), 256).token_ids)
-    report(f"head, N = 16384, V = 131072, 32 tokens a row, tail of 256 and the golds (M = {M}): faster than the dense form",
-           f"{dense / t['tail']:.1f}x", "", seconds={**t, "dense": dense})
+    report("head, N = 16384, V = 131072, 32 tokens a row, tail of 256 and the golds "
+           f"(M = {M}): faster than the dense form", f"{dense / t['tail']:.1f}x", "", seconds={**t, "dense": dense})
     report("the same: peak memory, part of the dense form's", f"{peaks['tail'] / peaks['dense']:.2f}", "<= 0.2",
            megabytes={k: round(v / 1e6, 1) for k, v in peaks.items()})
 
@@ -156,9 +161,11 @@ def measure_growth(device, *_):
         def without(W=W.detach(), h=h, y=y, record=record):
             h.grad = None
             linear_replay_cross_entropy(h, W, y, record).backward()
-        t = medians(device, 7, frozen=without, whole=head_losses(h, W, y, record)["replay"], zeros=lambda: torch.zeros_like(W).add_(0))
+        t = medians(device, 7, frozen=without, whole=head_losses(h, W, y, record)
+                    ["replay"], zeros=lambda: torch.zeros_like(W).add_(0))
         frozen.append(t["frozen"]), whole.append(t["whole"]), gradient.append(t["zeros"])
-    report("head, V from 8k to 256k (32x), head frozen: slower by", f"{frozen[-1] / frozen[0]:.1f}x", "flat", seconds=frozen)
+    report("head, V from 8k to 256k (32x), head frozen: slower by",
+           f"{frozen[-1] / frozen[0]:.1f}x", "flat", seconds=frozen)
     report("the same with the dense gradient of the head: slower by", f"{whole[-1] / whole[0]:.1f}x", "", seconds=whole,
            seconds_to_write_a_dense_gradient=gradient)
 
@@ -181,8 +188,10 @@ def measure_recording(device, copy_rate, product_rate, N=1024, V=50304):
         # the logits are read once, the ids written once
         details["floor_seconds"] = 4 * (N * V + sizes.sum().item()) / copy_rate
         details["above_floor"] = t["record"] / details["floor_seconds"]
-        report(f"recording, {name} (mean {sizes.mean():.0f} tokens): faster than one full sort", f"{t['sort'] / t['record']:.1f}x", ">= 8x", **details)
-        report(f"recording, {name}: times one log_softmax", f"{t['record'] / t['log_softmax']:.1f}x", "<= 2x" * (name == "confident"))
+        report(f"recording, {name} (mean {sizes.mean():.0f} tokens): faster than one full sort",
+               f"{t['sort'] / t['record']:.1f}x", ">= 8x", **details)
+        report(f"recording, {name}: times one log_softmax",
+               f"{t['record'] / t['log_softmax']:.1f}x", "<= 2x" * (name == "confident"))
 
 
 def measure_file(device, *_):
@@ -198,7 +207,8 @@ def measure_file(device, *_):
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        t = medians(torch.device("cpu"), 3, save=lambda: record.save(path), write=write, load=lambda: ReplayRecord.load(path),
+        t = medians(torch.device("cpu"), 3, save=lambda: record.save(path), write=write,
+                    load=lambda: ReplayRecord.load(path),
                     read=lambda: raw.read_bytes())
     report("saving a 1 GB record: times writing its bytes", f"{t['save'] / t['write']:.1f}x", "<= 3x", seconds=t)
     report("loading it, every invariant checked: times reading its bytes", f"{t['load'] / t['read']:.1f}x", "<= 3x")
@@ -215,12 +225,15 @@ def measure_optimizer(device, copy_rate, product_rate):
         theirs, mine = torch.optim.AdamW(params, 1e-9, foreach=True), MoClip(params, 1e-9)
         single = torch.optim.AdamW(params, 1e-9, foreach=False)
         x, y = torch.randn(10**6, device=device), torch.rand(10**6, device=device)
-        t = medians(device, turns, moclip=mine.step, adamw_foreach=theirs.step, adamw_loop=single.step, atan2=lambda: torch.atan2(x, y))
+        t = medians(device, turns, moclip=mine.step, adamw_foreach=theirs.step,
+                    adamw_loop=single.step, atan2=lambda: torch.atan2(x, y))
         entries = sum(p.numel() for p in params)
-        floor = max(4 * 9 * entries / copy_rate, t["atan2"] * entries / 1e6)  # g, m twice; w, m, v read and written; or arctan2
+        # g, m twice; w, m, v read and written; or arctan2
+        floor = max(4 * 9 * entries / copy_rate, t["atan2"] * entries / 1e6)
         same = sum(s.numel() for state in mine.state.values() for s in state.values()) == sum(
             s.numel() for state in theirs.state.values() for s in state.values())
-        report(f"MoClip.step, {name}: times AdamW(foreach=True)", f"{t['moclip'] / t['adamw_foreach']:.2f}x", "<= 1.5x", seconds=t,
+        report(f"MoClip.step, {name}: times AdamW(foreach=True)", f"{t['moclip'] / t['adamw_foreach']:.2f}x", "<= 1.5x",
+               seconds=t,
                same_state=same, floor_seconds=floor, above_floor=t["moclip"] / floor)
 
 
@@ -242,7 +255,8 @@ def measure_training(device, copy_rate, product_rate):
         model.load_state_dict({**state, "embedding.weight": weight})
         name = f"V = {V}, batches of {batch}"
         if (V, batch) == (default, 32):
-            stage0 = 1e3 * medians(device, 2, stage0=lambda: script.stage0(model, tokens, targets, TAU, device))["stage0"]
+            stage0 = 1e3 * medians(device, 2, stage0=lambda: script.stage0(model,
+                                   tokens, targets, TAU, device))["stage0"]
             record = script.stage0(model, tokens, targets, TAU, device)
             size = sum(x.nbytes for x in (record.token_ids, record.offsets, record.outside_mass)) / len(record)
             report(f"record, bytes a position (float32 logits: {4 * V})", f"{size:.0f}")
@@ -256,7 +270,8 @@ def measure_training(device, copy_rate, product_rate):
                 out.setdefault(method, []).append(measured)
         ms = {m: {k: statistics.median(r[k] for r in runs) for k in ("step_ms", "head_ms")} for m, runs in out.items()}
         dense = ms["full+adamw"]
-        for method, target in (("replay+adamw", ""), ("replay+moclip", ""), ("tail+adamw", ">= 40%"), ("tail+moclip", ">= 35%")):
+        targets_of = {"replay+adamw": "", "replay+moclip": "", "tail+adamw": ">= 40%", "tail+moclip": ">= 35%"}
+        for method, target in targets_of.items():
             step = ms[method]["step_ms"]
             report(f"training step, {name}: {method} below full+adamw by", f"{1 - step / dense['step_ms']:.0%}",
                    target * ((V, batch) == (default, 32)), milliseconds=ms[method], full=dense)
@@ -272,15 +287,19 @@ def measure_training(device, copy_rate, product_rate):
         head_work, body = scored * V * script.WIDTH, sum(p.numel() for p in model.parameters()) - V * script.WIDTH
         share = head_work / (head_work + (prompts + scored) * body)
         kappa = ms["tail+adamw"]["head_ms"] / dense["head_ms"]
-        report(f"tail+adamw, {name}: R8 predicts {share * (1 - kappa):.0%} (the head's share of the operations: {share:.0%}), measured",
+        report(f"tail+adamw, {name}: R8 predicts {share * (1 - kappa):.0%} (the head's share of the operations: "
+               f"{share:.0%}), measured",
                f"{1 - ms['tail+adamw']['step_ms'] / dense['step_ms']:.0%}", "", kappa=kappa)
     script.V = default
     positions = torch.randint(len(record), (2048,))
-    t = medians(device, 20, select=lambda: record.select(positions), sample=lambda: sample_tail(positions % default, default, 256))
-    report("select of 2048 random rows and the sampling of a tail, ms", f"{1e3 * t['select']:.1f}, {1e3 * t['sample']:.1f}", "", seconds=t)
+    t = medians(device, 20, select=lambda: record.select(positions),
+                sample=lambda: sample_tail(positions % default, default, 256))
+    report("select of 2048 random rows and the sampling of a tail, ms",
+           f"{1e3 * t['select']:.1f}, {1e3 * t['sample']:.1f}", "", seconds=t)
 
 
-MEASURES = {"head": measure_head, "large": measure_large, "growth": measure_growth, "recording": measure_recording, "file": measure_file,
+MEASURES = {"head": measure_head, "large": measure_large, "growth": measure_growth, "recording": measure_recording,
+            "file": measure_file,
             "optimizer": measure_optimizer, "training": measure_training}
 
 
@@ -295,8 +314,10 @@ def main():
     for name in args.only:
         MEASURES[name](device, *rates)
     RESULTS.parent.mkdir(exist_ok=True)
-    kind = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    found = {"device": kind, "torch": torch.__version__, "copy_bytes_per_second": rates[0], "product_flops": rates[1], "rows": rows}
+    kind = torch.cuda.get_device_name(
+    ) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    found = {"device": kind, "torch": torch.__version__,
+        "copy_bytes_per_second": rates[0], "product_flops": rates[1], "rows": rows}
     script.write_atomically(RESULTS, lambda temporary: temporary.write_text(json.dumps(found, indent=1) + "\n"))
 
 

@@ -1,10 +1,10 @@
 """The study: a resumable grid over train_small.py. Its tables are in experiments/README.md, made by report.py.
 
-    python experiments/sweep.py [--only STUDY ...] [--workers 2]      # runs what is missing; about 20 s a run and worker
+    python experiments/sweep.py [--only STUDY ...] [--workers 2]      # what is missing; about 30 s a run and worker
 
 Every run is a row of experiments/results/sweep.json, written as soon as it is finished; an interrupted study goes on
 where it stopped. A setting is chosen on validation questions and reported on test questions: a row has both. A base is
-known by the fingerprint of its weights: another machine may make another one from the same seed, and starts anew with it.
+known by the fingerprint of its weights: another machine may make another one from the same seed, and starts anew.
 """
 
 import argparse
@@ -35,6 +35,7 @@ DEFAULT = dict(base=0, width=script.WIDTH, method="tail+adamw", variant="", tau=
                scope="global", batch=32, steps=200, seed=0)
 BASES, RATES = (0, 1, 2), (2e-4, 4e-4, 6e-4, 8e-4, 1.2e-3, 1.6e-3, 2.4e-3, 3.2e-3)
 TAUS = (0.01, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
+FOUR = ("full+adamw", "full+moclip", "tail+adamw", "tail+moclip")
 RIVALS = ("head frozen", "head rows of the batch", "mixed", "KL to base", "matched norm", "torque-aware")
 
 
@@ -59,8 +60,7 @@ def grid():
         "cap": runs(method=("tail+moclip", "full+moclip"), batch=(8, 32), max_angle=(60.0, 90.0, 180.0)),
         "batch": runs(method=("full+adamw", "tail+adamw", "tail+moclip"), batch=8, lr=RATES)
         + runs(method=("full+adamw", "tail+adamw", "tail+moclip"), batch=128, steps=100, lr=RATES),
-        "stability": runs(method=("full+adamw", "full+moclip", "tail+adamw", "tail+moclip"), variant=("bfloat16", "spikes"))
-        + runs(method=("full+adamw", "full+moclip", "tail+adamw", "tail+moclip"), lr=1.28e-2),
+        "stability": runs(method=FOUR, variant=("bfloat16", "spikes")) + runs(method=FOUR, lr=1.28e-2),
         "scope": runs(method="tail+moclip", scope=("global", "tensor")),
         "size": [run for width in (96, 384) for run in runs(method=("full+adamw", "tail+adamw", "tail+moclip"),
                                                             width=width, lr=RATES, base=0)],
@@ -108,7 +108,8 @@ def measured(model, base):
             nll = F.linear_cross_entropy(hidden, model.embedding.weight, gold, reduction="none")
             total.index_add_(0, golds[gold].long(), nll)
             count.index_add_(0, golds[gold].long(), torch.ones_like(nll))
-        values = {"domain_accuracy": sum(mine) / len(mine), "domain_nll": script.nll(model, *getattr(data, f"domain_{part}"), CPU),
+        values = {"domain_accuracy": sum(mine) / len(mine),
+                  "domain_nll": script.nll(model, *getattr(data, f"domain_{part}"), CPU),
                   "general_nll": (total.sum() / count.sum()).item(), "general_nll_other": (total / count)[0].item(),
                   "general_nll_golds": (total / count)[1].item()}
         out |= {f"{key}_{part}": value for key, value in values.items()}
@@ -140,8 +141,8 @@ def run(settings):
     model, record = script.Model(), base.records[s.tau]
     model.load_state_dict(base.model.state_dict())
     args = SimpleNamespace(lr=s.lr, max_angle=s.max_angle, steps=s.steps, batch=s.batch, tau=s.tau, tail=s.tail)
-    c = SimpleNamespace(model=model, base=base.model, data=base.data, record=record, args=args, method=s.method, seed=s.seed,
-                        generator=torch.Generator().manual_seed(2**31 + s.seed))
+    c = SimpleNamespace(model=model, base=base.model, data=base.data, record=record, args=args, method=s.method,
+                        seed=s.seed, generator=torch.Generator().manual_seed(2**31 + s.seed))
     score, optimizer = rivals.VARIANTS[s.variant](c)
     score, losses, angles = score or rivals.own(c), [], []
 
@@ -166,7 +167,8 @@ def run(settings):
 
 def base_row(seed, width):
     base = prepared(seed, width)
-    return {"base": seed, "width": width, "fingerprint": base.fingerprint, "parameters": sum(p.numel() for p in base.model.parameters()),
+    parameters = sum(p.numel() for p in base.model.parameters())
+    return {"base": seed, "width": width, "fingerprint": base.fingerprint, "parameters": parameters,
             **measured(base.model, base)}
 
 
