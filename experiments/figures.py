@@ -126,16 +126,18 @@ def study():
 def stage0_row(plt):
     """One real row: its tokens by name, before training and after it with the paper's loss and with the tail."""
     found = json.loads((ROOT / "experiments/results/row.json").read_text())
-    tokens, panels = found["tokens"], {"base": "recorded by Stage 0", "replay+adamw": "after the paper's loss",
-                                       "tail+adamw": "after the loss with a tail"}
+    panels = {"base": "recorded by Stage 0", "replay+adamw": "after the paper's loss",
+              "tail+adamw": "after the loss with a tail"}
+    tokens = [token for token in found["tokens"] if token["recorded"] or max(token[name] for name in panels) > 0.015]
+    others = {name: max(0.0, 1 - sum(token[name] for token in tokens)) for name in panels}
+    tokens.append({"text": "all others", "recorded": False, "gold": False, **others})
     figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 0.24 * len(tokens) + 1.3), sharey=True)
     for ax, (name, title) in zip(axes, panels.items()):
         p = [token[name] for token in tokens]
         bars = ax.barh(range(len(tokens)), p, color=[BLUE if token["recorded"] else RED for token in tokens])
         ax.bar_label(bars, [f"{x:.3f}" if x >= 5e-4 else "0" for x in p], padding=2, color=GREY, size=9)
         ax.set(title=f"{title}\n$\\rho$ = {found['outside_mass'][name]:.2f}", xlim=(0, 1.28), xticks=(0, 0.5, 1))
-        ax.set_yticks(range(len(tokens)), [repr(token["text"])[1:-1].replace(" ", "\u2423") + " *" * token["gold"]
-                                           for token in tokens])
+        ax.set_yticks(range(len(tokens)), [token["text"].strip() + " *" * token["gold"] for token in tokens])
     axes[0].invert_yaxis()
     figure.supxlabel(f"probability; blue: in S, the top K that reach tau = {found['tau']}, and gold *; red: outside",
                      size=10)

@@ -2,8 +2,8 @@
 
     python experiments/row.py        # three minutes on 2 cores; writes experiments/results/row.json
 
-Base 0 of the study at its default setting. Of the training positions that recorded 3 to 8 tokens, gold not among the
-top K, the one whose outside mass rose most under the paper's loss: an extreme, chosen to show what can happen.
+Base 0 of the study at its default setting. Of the training positions that recorded 3 to 8 tokens, gold the least
+probable of them, the one whose outside mass rose most under the paper's loss: an extreme, to show what can happen.
 """
 
 import json
