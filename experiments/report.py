@@ -123,7 +123,7 @@ def frontier_table(rows):
 
 
 def tau_table(rows):
-    lines = [((tau, method), at(select(rows, method=method, tau=tau), sweep.DEFAULT["lr"]))
+    lines = [((tau, method), at(select(rows, method=method, tau=tau, base=0), sweep.DEFAULT["lr"]))
              for tau in sweep.TAUS for method in ("replay+adamw", "tail+adamw")]
     return table(lines, ("tau", "method"), ("accuracy", "forgetting", "outside mass", "tokens a row"))
 
@@ -148,19 +148,19 @@ def record_table(rows):
         for name, settings in (("gold only, no Stage 0", dict(variant="gold only")),
                                ("top 1 and gold", dict(tau=0.01)), ("tau = 0.9", dict())):
             lines.append(((name, "all" if size == sweep.script.V else size),
-                          at(select(rows, tail=size, **settings), sweep.DEFAULT["lr"])))
-    return table(lines, ("recorded", "tail"), ("accuracy", "forgetting", "domain NLL"))
+                          at(select(rows, tail=size, base=0, **settings), sweep.DEFAULT["lr"])))
+    return table(lines, ("recorded", "tail"), ("accuracy", "forgetting", "domain NLL", "outside mass"))
 
 
 def rivals_table(rows):
     lines = []
-    for name, settings in (("full+adamw", dict(method="full+adamw")),
-                           *((f"full+adamw, {v}", dict(method="full+adamw", variant=v)) for v in sweep.RIVALS),
-                           ("tail+adamw", dict()), ("tail+moclip", dict(method="tail+moclip"))):
-        mine = select(rows, **settings)
-        if mine:
-            lines.append(((name, f"{chosen(mine):g}"), at(mine, chosen(mine))))
-    return table(lines, ("arm", "lr"), ("accuracy", "forgetting", "head moved", "of it unseen rows"))
+    for lr in sweep.RATES:
+        for name, settings in (("full+adamw", dict(method="full+adamw")),
+                               *((f"full+adamw, {v}", dict(method="full+adamw", variant=v)) for v in sweep.RIVALS),
+                               ("tail+adamw", dict()), ("tail+moclip", dict(method="tail+moclip"))):
+            if 4e-4 <= lr <= 1.2e-3:
+                lines.append(((f"{lr:g}", name), at(select(rows, base=0, **settings), lr)))
+    return table(lines, ("lr", "arm"), ("accuracy", "forgetting", "head moved", "of it unseen rows"))
 
 
 def claim(rows):
