@@ -74,7 +74,7 @@ def clip_angle(grad: Tensor, momentum: Tensor, max_angle: float) -> Tensor:
     g, m = _wide(grad), _wide(momentum)
     m = m / _largest(m)
     theta, ratio = _angle([g / _largest(g)], [m])  # ratio: |g|/|m| of these two
-    # the same without n: g~ = A g + B m |g|/|m|,   A = sin(Delta)/sin(theta),   B = sin(theta - Delta)/sin(theta)
+    # g~ = A g + B m |g|/|m|, with n replaced by means of g/|g| = cos(theta) m/|m| + sin(theta) n
     A, B, _, _ = _rotation(theta, max_angle, torch.finfo(g.dtype).eps)
     return (A * g).add_(m * (B * ratio * _largest(g))).to(grad.dtype)
 

@@ -157,8 +157,8 @@ def clip_angle(grad, momentum, max_angle, eps=2.0**-52):
 
         g~ = |g| (cos(max_angle) m/|m| + sin(max_angle) n)   if clipped and not antiparallel, g otherwise
 
-    clipped: theta > max_angle. n: unit vector of g's component orthogonal to m. antiparallel: that is 0 or rounding,
-    that is clipped, theta > pi/2 and sin(theta) <= sqrt(eps), with eps that of the arithmetic.
+    clipped: theta > max_angle. n: unit vector of g's component orthogonal to m. antiparallel: that component is 0 up to
+    rounding; tested as clipped, theta > pi/2 and sin(theta) <= sqrt(eps), with eps that of the arithmetic.
     """
     theta = angle_between(grad, momentum)
     clipped = theta > max_angle
