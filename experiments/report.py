@@ -107,13 +107,17 @@ def at(rows, lr):
     return [row for row in rows if row["lr"] == lr]
 
 
-def main_table(rows):
+def main_table(rows, measures=("accuracy", "forgetting", "domain NLL", "outside mass")):
     lines = []
     for method in sweep.script.METHODS:
         mine = select(rows, method=method)
         if mine:
             lines.append(((method, f"{chosen(mine):g}"), at(mine, chosen(mine))))
-    return table(lines, ("method", "lr"), ("accuracy", "forgetting", "domain NLL", "outside mass"))
+    return table(lines, ("method", "lr"), measures)
+
+
+def small_table(rows):
+    return main_table(rows, ("accuracy", "forgetting"))
 
 
 def frontier_table(rows):
@@ -217,10 +221,9 @@ def bases_table(_):
     return "\n".join(["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles), *lines])
 
 
-TABLES = {"main": main_table, "frontier": frontier_table, "claim": claim, "tau": tau_table, "drift": drift_table,
-          "record": record_table,
-          "rivals": rivals_table, "first run": first_run, "bases": bases_table, "speed": speed_table,
-          "pretrained": pretrained_table}
+TABLES = {"small": small_table, "main": main_table, "frontier": frontier_table, "claim": claim, "tau": tau_table,
+          "drift": drift_table, "record": record_table, "rivals": rivals_table, "first run": first_run,
+          "bases": bases_table, "speed": speed_table, "pretrained": pretrained_table}
 READMES = sweep.ROOT / "README.md", sweep.ROOT / "experiments/README.md", sweep.ROOT / "THEORY.md"
 
 
