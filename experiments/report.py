@@ -221,8 +221,19 @@ def bases_table(_):
     return "\n".join(["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles), *lines])
 
 
+def bases_compared(rows):
+    """The record's and the rivals' main lines over all bases, at one learning rate."""
+    arms = {"full+adamw": dict(method="full+adamw"),
+            "full+adamw, head rows of the batch": dict(method="full+adamw", variant="head rows of the batch"),
+            "full+adamw, mixed": dict(method="full+adamw", variant="mixed"), "tail+adamw": {},
+            "tail+adamw, gold only, no Stage 0": dict(variant="gold only")}
+    lines = [((name,), at(select(rows, **settings), sweep.DEFAULT["lr"])) for name, settings in arms.items()]
+    return table(lines, ("arm",), ("accuracy", "forgetting", "domain NLL"))
+
+
 TABLES = {"small": small_table, "main": main_table, "frontier": frontier_table, "claim": claim, "tau": tau_table,
-          "drift": drift_table, "record": record_table, "rivals": rivals_table, "first run": first_run,
+          "drift": drift_table, "record": record_table, "rivals": rivals_table,
+          "three bases": bases_compared, "first run": first_run,
           "bases": bases_table, "speed": speed_table, "pretrained": pretrained_table}
 READMES = sweep.ROOT / "README.md", sweep.ROOT / "experiments/README.md", sweep.ROOT / "THEORY.md"
 
