@@ -261,9 +261,8 @@ def sample_tail(target: Tensor, vocab_size: int, size: int, *, ignore_index=-100
         w_j = 1 for a gold token,   w_j = M0 / size for each of the `size` drawn,   M0 = V - number of distinct golds
 
     With size >= 1, P(j in R) w_j = 1: the sum of w_j exp z_j over R without S_t is an unbiased estimate of the sum of
-    exp z_j over all that S_t leaves out (Horvitz and Thompson 1952; THEORY.md R9). The golds are sure since
-    shared parameters push just them up at other positions: what is heavy must not be left to chance. Draw a new tail
-    every step.
+    exp z_j over all that S_t leaves out (Horvitz and Thompson 1952; THEORY.md R9). The golds are sure since shared
+    parameters push just them up at other positions: what is heavy must not be left to chance. Draw one every step.
 
     target: (...), integers in [0, V) or ignore_index.   vocab_size: V.   generator: a torch.Generator, on any device.
     size: >= 0. M0 or more takes all of them with weight 1 (the loss is `F.cross_entropy`), 0 takes the golds only.
@@ -284,7 +283,7 @@ def sample_tail(target: Tensor, vocab_size: int, size: int, *, ignore_index=-100
     others, device = (~is_gold).nonzero()[:, 0], target.device if generator is None else generator.device
     drawn = others[torch.randperm(len(others), generator=generator, device=device)[:size].to(target.device)]
     token_ids = torch.cat([is_gold.nonzero()[:, 0], drawn]).sort().values
-    log_weight = math.log(len(others) / max(len(drawn), 1)) if len(others) else 0.0
+    log_weight = math.log(len(others) / len(drawn)) if len(drawn) else 0.0
     return Tail(token_ids, torch.where(is_gold[token_ids], 0.0, log_weight).float())
 
 
