@@ -144,7 +144,8 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
         scored = target[t] != ignore_index
         z, t = (logits[t[0]:t[-1] + 1], t) if scored.all() else (logits[t[scored]], t[scored])
         p = z.softmax(1, dtype=_wide_dtype(logits))
-        # S_t of these rows, as (row, token) pairs in order: the definition at the top, made fast in _cover, below
+        # S_t of these rows, as (row, token) pairs in order: sort p, keep the first K whose sum is >= tau, add gold;
+        # the four lines at the top, made fast in _cover, below
         row, token, rho[t] = _cover(p, target[t, None], tau, max_size)
         token_ids.append(token.int())
         sizes[t] = row.bincount(minlength=len(t))

@@ -74,7 +74,7 @@ def clip_angle(grad: Tensor, momentum: Tensor, max_angle: float) -> Tensor:
     g, m = _wide(grad), _wide(momentum)
     m = m / _largest(m)
     theta, ratio = _angle([g / _largest(g)], [m])  # ratio: |g|/|m| of these two
-    # g~ = A g + B m |g|/|m|, with n replaced by means of g/|g| = cos(theta) m/|m| + sin(theta) n
+    # g~ = A g + B m |g|/|m|,   A = sin(Delta) / sin(theta),   B = sin(theta - Delta) / sin(theta)   (THEORY.md M1)
     A, B, _, _ = _rotation(theta, max_angle, torch.finfo(g.dtype).eps)
     return (A * g).add_(m * (B * ratio * _largest(g))).to(grad.dtype)
 
@@ -90,8 +90,8 @@ class MoClip(torch.optim.Optimizer):
 
     Everything after the first two lines is Adam-atan2 (Everett et al., arXiv:2407.05872, section 4.3); the cap is
     arXiv:2510.09152's. a = 4/pi and b = 1 make a step with m = sqrt(v) exactly lr, as in Adam, and no coordinate ever
-    moves by more than lr a pi/2 = 2 lr, decay apart (M4). Scaling the loss by a constant changes nothing (M5), so
-    Adam's epsilon in the denominator is not needed: atan2(0, 0) = 0.
+    moves by more than lr a pi/2 = 2 lr, decay apart (M4; 1.826 lr at the default betas). Scaling the loss by a constant
+    changes nothing (M5), so Adam's epsilon in the denominator is not needed: atan2(0, 0) = 0.
 
     Args:
         params: parameters or parameter groups; every option below but `scope` may differ between groups

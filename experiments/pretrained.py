@@ -85,6 +85,9 @@ class ReplayTrainer(transformers.Trainer):
 
 def record_shards(model, tokens, targets, tau, device):
     """Stage 0: every process records its contiguous share of the corpus; `concat` joins them in order."""
+    if tau == 0:
+        gold = targets[targets != script.IGNORE].int()
+        return ReplayRecord(gold, torch.arange(len(gold) + 1), torch.zeros(len(gold)), len(model.embedding.weight), 1.0)
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
     mine = script.stage0(model, tokens.tensor_split(world)[rank],
@@ -101,7 +104,7 @@ def main():
     parser.add_argument("--model", required=True, help="name or folder of a causal LM")
     parser.add_argument("--gguf", help="GGUF file in that folder")
     parser.add_argument("--methods", nargs="+", default=list(script.METHODS), choices=script.METHODS)
-    parser.add_argument("--tau", type=float, default=0.95)
+    parser.add_argument("--tau", type=float, default=0.95, help="0: no Stage 0, only the gold token is recorded")
     parser.add_argument("--tail", type=int, default=256, help="tokens that a tail method samples for each batch")
     parser.add_argument("--max-angle", type=float, default=90, help="MoClip's cap, in degrees")
     parser.add_argument("--lr", type=float, default=1e-4)
@@ -199,7 +202,8 @@ def main():
             sizes = record.subset_sizes.float()
             size = sum(x.nbytes for x in (record.token_ids, record.offsets, record.outside_mass)) / len(record)
             run |= {"subset_size_mean": sizes.mean().item(), "subset_size_median": sizes.median().item(),
-                    "outside_mass_start": record.outside_mass.mean().item(), "record_bytes_per_position": size}
+                    "outside_mass_start": record.outside_mass.mean().item() if args.tau else None,
+                    "record_bytes_per_position": size}
         keep(run)
     if main_process:
         print(json.dumps(config))

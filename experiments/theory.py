@@ -49,16 +49,16 @@ def orbit_radius(max_angle, beta1, a=4 / math.pi, b=1.0):
 
 
 def batch_cosine(ratio, beta1):
-    """M11: cos(theta) without a cap, r / sqrt((1 + r) (r + kappa)).
+    """M11: cos(theta) without a cap, zeta / sqrt((1 + zeta) (zeta + chi)).
 
-    ratio: r = batch |mu|^2 / tr Sigma, signal to noise in a gradient. kappa = (1 - beta1) / (1 + beta1)."""
+    ratio: zeta = batch |mu|^2 / tr Sigma, signal to noise in a gradient. chi = (1 - beta1) / (1 + beta1)."""
     return ratio / math.sqrt((1 + ratio) * (ratio + (1 - beta1) / (1 + beta1)))
 
 
 def batch_ratio(angle, beta1):
-    """M11: the r at which that angle is `angle` < pi/2, the positive root of r^2 = cos^2 (1 + r) (r + kappa)."""
-    kappa, c, s = (1 - beta1) / (1 + beta1), math.cos(angle)**2, math.sin(angle)**2
-    return (c * (1 + kappa) + math.sqrt(c**2 * (1 + kappa)**2 + 4 * s * c * kappa)) / (2 * s)
+    """M11: the zeta of that angle, `angle` < pi/2: the positive root of zeta^2 = cos^2 (1 + zeta) (zeta + chi)."""
+    chi, c, s = (1 - beta1) / (1 + beta1), math.cos(angle)**2, math.sin(angle)**2
+    return (c * (1 + chi) + math.sqrt(c**2 * (1 + chi)**2 + 4 * s * c * chi)) / (2 * s)
 
 
 def guaranteed_steps(tau, lr, h_norm, rho_max=0.5, betas=(0.9, 0.999), a=4 / math.pi, b=1.0):
@@ -104,8 +104,11 @@ def advise(vocab, width, layers, epochs, batch, parameters=None, record=None, an
     share = vocab * width / (parameters or vocab * width + 12 * layers * width**2)
     yield f"head share: s = {share:.1%} of the operations{'' if parameters else ', at 12 d^2 parameters a layer'} (R8)"
     kappa = 0.0  # at best
+    yield (f"tail: V/50 = {vocab // 50} tokens beside the golds of the batch, from the first step on: rho rises within"
+           f" tens of steps; {share / 50:.1%} of all operations (R7, R9)")
     if record is None:
-        yield f"tau: 0.98; higher while the mean subset stays below V/10 = {vocab // 10} tokens (R1, R3)"
+        yield (f"tau: 0.9 with that tail; without one 0.98, and higher while the mean subset stays below V/10 ="
+               f" {vocab // 10} tokens (R1, R3)")
     else:
         if record.vocab_size != vocab:
             raise ValueError(f"the record is one of vocab_size {record.vocab_size}, not of {vocab}")
@@ -117,22 +120,21 @@ def advise(vocab, width, layers, epochs, batch, parameters=None, record=None, an
     saved, one = share * (1 - kappa), 1 / (3 * epochs)  # by replay in all epochs; by one Stage 0, lost
     yield (f"recordings: {math.floor(saved / one)} at most pay for themselves; one saves {saved - one:.1%} of all"
            f" operations, one at every epoch {saved - 1 / 3:.1%} (R8{'' if record else '; kappa = 0'})")
-    yield (f"if outside_mass rises: a tail of V/10 = {vocab // 10} tokens costs {share / 10:.1%}, a Stage 0 {one:.1%}"
-           " of all operations (R7, R8, R9)")
     cap = 90
     if angles:
         theta = math.radians(max(statistics.median(angles), 0.1))  # at 0 no batch is too small
         ratio = batch_ratio(theta, beta1) if theta < math.pi / 2 else 0.0
         for degrees in (75, 60, 45):
-            needed = batch * batch_ratio(math.radians(degrees), beta1) / ratio if ratio else math.inf
+            needed = 1.4 * batch * batch_ratio(math.radians(degrees), beta1) / ratio if ratio else math.inf
             cap = degrees if needed <= batch else cap
-            yield f"a cap of {degrees} degrees idles on noise from a batch of {needed:.0f} on (M11)"
+            least = math.ceil(needed) if ratio else "no size"
+            yield f"a cap of {degrees} degrees idles on noise from a batch of {least} on (M11)"
     yield f"max_angle: {cap} degrees ({'M11' if angles else 'M7, M8; with --angles: M11'})"
     if lr is not None:
-        tau = record.tau if record else 0.98
-        steps = guaranteed_steps(tau, lr, width) if tau < 1 else math.inf
+        tau = record.tau if record else 0.9
+        steps = math.floor(guaranteed_steps(tau, lr, width)) if tau < 1 else math.inf
         yield (f"lr: no weight moves by more than {1.826 * lr:.3g} a step (M4); if the head alone moves and |h|_1 <= d,"
-               f" a record at tau {tau:g} guarantees rho <= 1/2 for {steps:.0f} steps (R11): measure outside_mass")
+               f" a record at tau {tau:g} guarantees rho <= 1/2 for {steps} steps (R11): measure outside_mass")
 
 
 def main(argv=None):

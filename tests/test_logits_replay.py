@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import pickle
+import re
 import zipfile
 
 import numpy as np
@@ -192,6 +193,10 @@ def test_shapes_ignore_index_and_reductions_are_those_of_cross_entropy():
     losses = replay_cross_entropy(z, y, record, ignore_index=4, reduction="none")
     assert losses.shape == (2, 3) and losses[y == 4].eq(0).all()
     assert torch.equal(replay_cross_entropy(z, y, record, ignore_index=4), losses.sum() / (y != 4).sum())
+    for tail in None, sample_tail(y, 7, 2, ignore_index=4):  # and of the linear form, here with the head z_j = h_j
+        options = dict(ignore_index=4, reduction="none", tail=tail)
+        linear = linear_replay_cross_entropy(z, torch.eye(7), y, record, **options)
+        torch.testing.assert_close(linear, replay_cross_entropy(z, y, record, **options))
 
 
 @pytest.mark.parametrize("form", [0, 1])
@@ -467,6 +472,9 @@ def test_a_tail_is_accumulated_in_float32_under_autocast_too(dtype, autocast, sa
     assert mine.dtype == torch.float32 and mine.item() == pytest.approx(exact.item(), rel=64 * 2.0**-23)  # 64 products
     mine.backward()
     assert h.grad.dtype == W.grad.dtype == dtype
+    logits = (h @ W.T).detach()
+    dense, exact = (replay_cross_entropy(x, y, record, tail=tail) for x in (logits, logits.double()))
+    assert dense.dtype == torch.float32 and dense.item() == pytest.approx(exact.item(), rel=16 * 2.0**-23)
 
 
 def test_the_linear_form_with_a_tail_never_makes_an_N_by_V_tensor():
@@ -525,7 +533,7 @@ IDS, WEIGHTS = torch.tensor([0, 2]), torch.zeros(2)
     ((torch.tensor([0, 4]), WEIGHTS), r"tail.token_ids must lie in \[0, 4\) \(row 1\)"),
     ((torch.tensor([-1, 2]), WEIGHTS), r"tail.token_ids must lie in \[0, 4\) \(row 0\)"),
     ((torch.tensor([2, 2]), WEIGHTS), r"tail.token_ids must be ascending without duplicates \(row 1\)"),
-    ((torch.tensor([2, 0]), WEIGHTS), r"ascending without duplicates \(row 1\)"),
+    ((torch.tensor([2, 0]), WEIGHTS), r"tail.token_ids must be ascending without duplicates \(row 1\)"),
     ((IDS, torch.tensor([0.0, math.nan])), r"tail.log_weight must be finite \(row 1\)"),
     ((IDS, torch.tensor([-math.inf, 0.0])), r"tail.log_weight must be finite \(row 0\)"),
     ((IDS, torch.zeros(3)), r"tail must hold token_ids \(M,\)"), ((IDS, torch.zeros(2, dtype=torch.int64)), "tail must hold"),
@@ -535,16 +543,17 @@ IDS, WEIGHTS = torch.tensor([0, 2]), torch.zeros(2)
 def test_bad_tails_are_refused_by_both_forms(tail, message):
     for form in (lambda: replay_cross_entropy(Z, Y, RECORD, tail=Tail(*tail)),
                  lambda: linear_replay_cross_entropy(Z, torch.eye(4), Y, RECORD, tail=Tail(*tail))):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="^" + message):
             form()
 
 
 @pytest.mark.parametrize("change, message", [
     (dict(size=-1), "size must be at least 0"), (dict(vocab_size=0), "vocab_size must lie"),
     (dict(target=torch.tensor([2, 4, 0])), r"target must lie in \[0, 4\).*row 1"),
-    (dict(target=torch.tensor([2, 1, -1])), r"target.*row 2"), (dict(target=torch.tensor([2.0])), "target must hold integers")])
+    (dict(target=torch.tensor([2, 1, -1])), r"target.*row 2"),
+    (dict(target=torch.tensor([2.0])), "target must hold integers")])
 def test_bad_input_to_sample_tail(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="^" + message):
         sample_tail(**{**dict(target=Y, vocab_size=4, size=1), **change})
 
 
@@ -565,16 +574,19 @@ def test_a_tail_token_whose_logit_is_not_finite_is_refused_by_row():
     (dict(tau=0.0), r"tau must lie in \(0, 1\]"), (dict(tau=1.01), "tau must"), (dict(tau=math.nan), "tau must"),
     (dict(max_size=0), "max_size must be at least 1"),
     (dict(target=torch.tensor([2, 4, 0])), r"target must lie in \[0, 4\).*row 1"),
-    (dict(target=torch.tensor([2, 1, -1])), r"target.*row 2"), (dict(target=torch.tensor([2.0, 1.0, 0.0])), "target must hold integers"),
-    (dict(target=torch.tensor([True, True, False])), "target must hold integers"), (dict(target=torch.tensor([2j, 1, 0])), "target must hold integers"),
-    (dict(target=torch.tensor([2, 1])), "logits of leading shape"), (dict(logits=torch.tensor(1.0), target=torch.tensor(0)), r"shape \(\.\.\., V\)"),
+    (dict(target=torch.tensor([2, 1, -1])), r"target.*row 2"),
+    (dict(target=torch.tensor([2.0, 1.0, 0.0])), "target must hold integers"),
+    (dict(target=torch.tensor([True, True, False])), "target must hold integers"),
+    (dict(target=torch.tensor([2j, 1, 0])), "target must hold integers"),
+    (dict(target=torch.tensor([2, 1])), "logits of leading shape"),
+    (dict(logits=torch.tensor(1.0), target=torch.tensor(0)), r"logits must be floating point of shape \(\.\.\., V\)"),
     (dict(logits=torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.0, math.inf, 0.0, 0.0], [0.0] * 4])), r"logits must be finite \(row 1\)"),
     (dict(logits=torch.tensor([[0.0] * 4, [0.0] * 4, [0.0, -math.inf, 0.0, 0.0]])), r"logits must be finite \(row 2\)"),
     (dict(logits=torch.tensor([[math.nan] + [0.0] * 3] + [[0.0] * 4] * 2)), r"logits must be finite \(row 0\)"),
     (dict(logits=torch.zeros(3, 4, dtype=torch.int64)), "logits must be floating point"),
 ])
 def test_bad_input_to_record_topk(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="^" + message):
         record_topk(**{**dict(logits=Z, target=Y, tau=0.9), **change})
 
 
@@ -585,27 +597,34 @@ def test_finite_logits_with_an_infinite_sum_are_not_refused():
 
 
 @pytest.mark.parametrize("logits, target, record, options, message", [
-    (Z[:2], Y[:2], RECORD, {}, "does not fit the record of N = 3 and V = 4"), (Z[:, :3], Y, RECORD, {}, "V = 3 tokens"),
+    (Z[:2], Y[:2], RECORD, {}, "{product} of N = 2 positions and V = 4 tokens does not fit the record of N = 3 and V = 4"),
+    (Z[:, :3], Y, RECORD, {}, "{product} of N = 3 positions and V = 3 tokens"),
     (Z, torch.tensor([2, 0, -100]), RECORD, {}, r"target must be in its recorded row.*row 1"),
     (Z, torch.tensor([2, 1, 0]), RECORD, {}, r"target must be in its recorded row.*row 2"),
     (Z, torch.tensor([2, 9, -100]), RECORD, {}, r"target must lie in \[0, 4\).*row 1"),
-    (Z * torch.tensor([[1.0], [math.nan], [1.0]]), Y, RECORD, {}, "finite.*row 1"), (Z, Y[:2], RECORD, {}, "of leading shape"),
-    (Z, Y, RECORD, dict(reduction="avg"), "reduction must be"),
+    (Z * torch.tensor([[1.0], [math.nan], [1.0]]), Y, RECORD, {}, "{sum} must be finite.*row 1"),
+    (Z, Y[:2], RECORD, {}, "{argument} of leading shape"), (Z, Y, RECORD, dict(reduction="avg"), "reduction must be"),
 ])
-def test_bad_input_to_both_losses(logits, target, record, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_input_to_both_losses_names_the_argument(logits, target, record, options, message):
+    def expected(argument, product, sum):
+        return pytest.raises(ValueError, match="^" + message.replace("{argument}", argument).replace(
+            "{product}", re.escape(product)).replace("{sum}", re.escape(sum)))
+
+    with expected("logits", "logits", "logits"):
         replay_cross_entropy(logits, target, record, **options)
-    with pytest.raises(ValueError, match=message):
+    with expected("input", "input @ linear_weight.T", "input @ linear_weight.T + linear_bias"):
         linear_replay_cross_entropy(logits, torch.eye(4)[:logits.shape[1], :logits.shape[1]], target, record, **options)
 
 
 def test_bad_shapes_to_the_linear_form_and_to_outside_mass():
-    with pytest.raises(ValueError, match=r"linear_weight must have shape \(V, 4\)"):
-        linear_replay_cross_entropy(Z, torch.eye(3), Y, RECORD)
+    for h, target in ((Z, Y), (Z[:2, None], Y[:2, None])):
+        with pytest.raises(ValueError, match=r"^linear_weight must have shape \(V, 4\)"):
+            linear_replay_cross_entropy(h, torch.eye(3), target, RECORD)
     with pytest.raises(ValueError, match=r"linear_bias must have shape \(4,\)"):
         linear_replay_cross_entropy(Z, torch.eye(4), Y, RECORD, linear_bias=torch.zeros(3))
-    for logits, message in ((Z[:2], "N = 2"), (Z[:, :3], "V = 3"), (Z.log(), "finite")):
-        with pytest.raises(ValueError, match=message):
+    for logits, message in ((Z[:2], "logits of N = 2"), (Z[:, :3], "logits of N = 3 positions and V = 3"),
+                            (Z.log(), "logits must be finite")):
+        with pytest.raises(ValueError, match="^" + message):
             outside_mass(logits, RECORD)
 
 
@@ -631,7 +650,7 @@ def test_concat_joins_in_order_and_refuses_what_differs():
     assert rows_of(joined) == rows_of(RECORD) + [rows_of(RECORD)[1]]
     with pytest.raises(ValueError, match=r"records\[1\]"):
         ReplayRecord.concat([RECORD, record_topk(Z, Y, 0.9)])
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="^records must hold at least one record$"):
         ReplayRecord.concat([])
 
 
@@ -640,19 +659,24 @@ FIELDS = dict(token_ids=RECORD.token_ids, offsets=RECORD.offsets, outside_mass=R
 
 @pytest.mark.parametrize("change, message", [
     (dict(token_ids=torch.tensor([0, 1, 2, 1])), "token_ids must be one-dimensional torch.int32"),
-    (dict(token_ids=torch.tensor([0, 2, 1, 1], dtype=torch.int32)), r"ascending without duplicates \(row 0\)"),
-    (dict(token_ids=torch.tensor([0, 1, 1, 1], dtype=torch.int32)), r"ascending without duplicates \(row 0\)"),
-    (dict(token_ids=torch.tensor([0, 3, 2, 1], dtype=torch.int32), offsets=torch.tensor([0, 1, 3, 4])), r"ascending without duplicates \(row 1\)"),
+    (dict(token_ids=torch.tensor([0, 2, 1, 1], dtype=torch.int32)), r"token_ids.* without duplicates \(row 0\)"),
+    (dict(token_ids=torch.tensor([0, 1, 1, 1], dtype=torch.int32)), r"token_ids.* without duplicates \(row 0\)"),
+    (dict(token_ids=torch.tensor([0, 3, 2, 1], dtype=torch.int32), offsets=torch.tensor([0, 1, 3, 4])),
+     r"token_ids must be ascending without duplicates \(row 1\)"),
     (dict(token_ids=torch.tensor([0, 1, 4, 1], dtype=torch.int32)), r"token_ids must lie in \[0, 4\)"),
     (dict(token_ids=torch.tensor([-1, 1, 2, 1], dtype=torch.int32)), "token_ids must lie"),
-    (dict(offsets=torch.tensor([0, 3, 4])), "offsets must hold 4"), (dict(offsets=torch.tensor([1, 3, 4, 4])), "offsets must hold"),
-    (dict(offsets=torch.tensor([0, 3, 4, 5])), "offsets must hold"), (dict(offsets=torch.tensor([0, 4, 3, 4])), r"never decrease \(row 1\)"),
+    (dict(offsets=torch.tensor([0, 3, 4])), "offsets must hold 4"),
+    (dict(offsets=torch.tensor([1, 3, 4, 4])), "offsets must hold"),
+    (dict(offsets=torch.tensor([0, 3, 4, 5])), "offsets must hold"),
+    (dict(offsets=torch.tensor([0, 4, 3, 4])), r"offsets must never decrease \(row 1\)"),
     (dict(outside_mass=torch.tensor([0.1, -0.1, 0.0])), r"outside_mass.*row 1"),
-    (dict(outside_mass=torch.tensor([1.0, 0.1, 1.0000001])), r"outside_mass.*row 2"), (dict(outside_mass=torch.tensor([0.1, 0.1, math.nan])), r"outside_mass.*row 2"), (dict(outside_mass=torch.zeros(3, 1)), "outside_mass must be"),
+    (dict(outside_mass=torch.tensor([1.0, 0.1, 1.0000001])), r"outside_mass.*row 2"),
+    (dict(outside_mass=torch.tensor([0.1, 0.1, math.nan])), r"outside_mass.*row 2"),
+    (dict(outside_mass=torch.zeros(3, 1)), "outside_mass must be"),
     (dict(vocab_size=0), "vocab_size"), (dict(vocab_size=2**31), "vocab_size"), (dict(tau=0.0), "tau"), (dict(tau=1.5), "tau"),
 ])
 def test_a_record_that_breaks_an_invariant_cannot_be_made(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="^" + message):
         ReplayRecord(**{**FIELDS, **change})
 
 

@@ -359,14 +359,15 @@ def test_r5_batch_bias_is_the_mean_and_bounded_by_mean_rho_times_diameter(transf
     mean_bias = parameter_bias(model, logits, target, record)
     scored = [t for t in range(len(record)) if target[t] != -100]
     assert 0 < len(scored) < len(record)  # the mean is over the positions that have a target
-    expected, bound = np.zeros_like(mean_bias), 0.0
+    expected, bound, diameter = np.zeros_like(mean_bias), 0.0, 0.0
     for t in scored:
         S, J = row_of(record, t), jacobian(model, logits[t])
         rho, q, r = split(softmax(logits[t].detach().numpy()), S)
         expected += rho * (q @ J - r @ J) / len(scored)
-        bound += rho * max(np.linalg.norm(J[i] - J[j]) for i in S for j in range(11) if j not in S) / len(scored)
+        D = max(np.linalg.norm(J[i] - J[j]) for i in S for j in range(11) if j not in S)
+        bound, diameter = bound + rho * D / len(scored), diameter + D / len(scored)
     np.testing.assert_allclose(mean_bias, expected, rtol=0, atol=256 * EPS * abs(J).max())
-    assert np.linalg.norm(mean_bias) <= bound
+    assert np.linalg.norm(mean_bias) <= bound <= (1 - record.tau) * diameter
 
 
 @given(st.floats(-5, 5), st.integers(1, 6))
@@ -603,12 +604,13 @@ def test_r8_head_work_is_6_d_times_nnz_and_N_M_and_no_tensor_is_larger_than_nnz_
     assert dense.flops == 6 * N * V * d and dense.largest >= N * V
     assert ragged.flops == 6 * nnz * d
     assert ragged.largest <= max(nnz, N * d, V * d, N + 1)
+    assert ragged.largest < N * V or d >= min(N, V) or nnz == N * V
     tail = sample_tail(target, V, 3)
     M = len(tail.token_ids)
     with CountFlops() as tailed:
         linear_replay_cross_entropy(h, W, target, record, tail=tail).backward()
     assert tailed.flops == 6 * nnz * d + 6 * N * M * d
-    assert tailed.largest <= max(nnz, N * d, V * d, N * (M + 1), N + 1, V + 1)
+    assert tailed.largest <= max(nnz, N * d, V * d, N * (M + 1), N + 1)
 
 
 # family, layers, heads, key-value heads, width of a head, width of the MLP (learned positions), tied
@@ -962,7 +964,7 @@ def test_r11_log_odds_of_the_outside_move_by_at_most_the_stated_amount_a_step(se
 
 
 @given(st.floats(0.01, 0.3), hnp.arrays(np.float64, 3, elements=st.floats(0.1, 2)), st.integers(1, 8))
-def test_r11_tight_a_frozen_body_and_equal_betas_move_the_log_odds_by_two_lr_times_the_norm_of_h(lr, h, steps):
+def test_r11_tight_a_frozen_body_and_zero_betas_move_the_log_odds_by_two_lr_times_the_norm_of_h(lr, h, steps):
     x, W = torch.tensor(h[None]), torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
     optimizer = MoClip([W], lr=lr, betas=(0.0, 0.0))
     for _ in range(steps):
