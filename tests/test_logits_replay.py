@@ -19,8 +19,8 @@ from strategies import logits_and_targets, taus
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import logits_replay
-from logits_replay import (ReplayRecord, Tail, linear_replay_cross_entropy, outside_mass, record_topk, replay_cross_entropy,
-                           sample_tail)
+from logits_replay import (ReplayRecord, Tail, linear_replay_cross_entropy, outside_mass, record_topk,
+                           replay_cross_entropy, sample_tail)
 
 EPS = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 Z, Y = torch.tensor([[3.0, 2.0, 0.0, 1.0], [0.0, 9.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]), torch.tensor([2, 1, -100])
@@ -113,7 +113,8 @@ def test_leading_dimensions_are_flattened_row_major(B, T):
 def test_outside_mass_equals_the_reference_under_another_model(case, data):
     logits, target = case
     record = record_topk(logits, target, 0.6)
-    other = logits + torch.tensor(np.random.default_rng(data.draw(st.integers(0, 99))).normal(size=logits.shape)).float()
+    other = logits + torch.tensor(
+        np.random.default_rng(data.draw(st.integers(0, 99))).normal(size=logits.shape)).float()
     expected = reference.outside_mass(other.tolist(), rows_of(record))
     # a relative error of a few eps |z| in exp, so of at most 1e4 eps for the widest rows; the sum itself adds less
     scale = 4 * EPS[torch.float32] * (8 + other.abs().amax().item())
@@ -132,7 +133,7 @@ def test_outside_mass_is_differentiable_and_keeps_small_values():
 # -------------------------------------------------------------------------------------------------------------- loss
 
 def both_forms(z, target, record, bias=None, **options):
-    """The loss from logits, and by the linear form whose hidden states are the logits and whose head is the identity."""
+    "The loss from logits, and by the linear form whose hidden states are the logits and whose head is the identity."
     yield z, replay_cross_entropy(z if bias is None else z + bias, target, record, **options)
     eye = torch.eye(z.shape[1], dtype=z.dtype)
     yield z, linear_replay_cross_entropy(z, eye, target, record, linear_bias=bias, **options)
@@ -158,12 +159,15 @@ def test_linear_form_equals_the_reference_in_every_argument(data):
     z, y = data.draw(logits_and_targets(torch.float64, sizes=(2, 5, 30)))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     (N, V), d = z.shape, 3
-    h, W, bias = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in ((N, d), (V, d), (V,)))
+    h, W, bias = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+                  for shape in ((N, d), (V, d), (V,)))
     record = record_topk(z, y, 0.8)
     loss = linear_replay_cross_entropy(h, W, y, record, linear_bias=bias, reduction="sum")
-    losses, gradients = reference.replay_cross_entropy(reference.linear(h.tolist(), W.tolist(), bias.tolist()), y.tolist(), rows_of(record))
+    losses, gradients = reference.replay_cross_entropy(reference.linear(h.tolist(), W.tolist(), bias.tolist()),
+                                                       y.tolist(), rows_of(record))
     assert loss.item() == pytest.approx(math.fsum(losses), abs=1e-13)
-    for mine, expected in zip(torch.autograd.grad(loss, (h, W, bias)), reference.linear_gradients(h.tolist(), W.tolist(), gradients)):
+    for mine, expected in zip(torch.autograd.grad(loss, (h, W, bias)),
+                              reference.linear_gradients(h.tolist(), W.tolist(), gradients)):
         assert mine.numpy() == pytest.approx(np.array(expected), abs=1e-13)  # N d + V terms of size 10 at most
 
 
@@ -172,7 +176,8 @@ def test_on_the_whole_vocabulary_it_is_cross_entropy(case, reduction):
     logits, target = case
     (N, V), counted = logits.shape, target != -100
     record = ReplayRecord(torch.arange(V, dtype=torch.int32).repeat(int(counted.sum())),
-                          torch.cat([torch.zeros(1, dtype=torch.int64), (counted * V).cumsum(0)]), torch.zeros(N), V, 1.0)
+                          torch.cat([torch.zeros(1, dtype=torch.int64), (counted * V).cumsum(0)]),
+                          torch.zeros(N), V, 1.0)
     expected = F.cross_entropy(logits, target, reduction=reduction)  # nan for "mean" where all are ignored
     for _, loss in both_forms(logits, target, record, reduction=reduction):
         torch.testing.assert_close(loss, expected, equal_nan=True, rtol=1e-12, atol=1e-12)
@@ -212,7 +217,8 @@ def test_derivatives_and_second_derivatives(form):
         inputs = [x if any(x is w for w in wanted) else x.detach() for x in (h, W, b)]
         twice = torch.autograd.grad(function(*inputs), wanted, create_graph=True)
         assert all(gradient.requires_grad for gradient in twice)
-        torch.testing.assert_close(twice, torch.autograd.grad(function(*inputs), wanted), rtol=0, atol=1e-14)  # the fast path's
+        torch.testing.assert_close(twice, torch.autograd.grad(function(*inputs), wanted),  # the fast path's
+                                   rtol=0, atol=1e-14)
 
 
 def test_where_torch_cannot_sample_the_logits_are_gathered_to_the_same_loss_and_gradients(monkeypatch):
@@ -248,7 +254,8 @@ class Watch(TorchDispatchMode):
 
 
 def test_no_gradient_is_computed_for_a_frozen_head_or_body():
-    for h, W in itertools.product((torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)), (torch.randn(9, 4), torch.randn(9, 4, requires_grad=True))):
+    for h, W in itertools.product((torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)),
+                                  (torch.randn(9, 4), torch.randn(9, 4, requires_grad=True))):
         loss = linear_replay_cross_entropy(h, W, torch.arange(3), record_topk(h @ W.T, torch.arange(3), 0.9))
         if loss.requires_grad:
             with Watch() as seen:
@@ -282,7 +289,8 @@ def test_half_precision_is_accumulated_in_float32(dtype):
         assert linear_replay_cross_entropy(*wider, y, record).item() == pytest.approx(exact.item(), rel=64 * 2.0**-52)
     logits = h @ W.T
     dense = replay_cross_entropy(logits, y, record)
-    assert dense.dtype == torch.float32 and dense.item() == pytest.approx(replay_cross_entropy(logits.double(), y, record).item(), rel=64 * 2.0**-23)
+    assert dense.dtype == torch.float32 and dense.item() == pytest.approx(
+        replay_cross_entropy(logits.double(), y, record).item(), rel=64 * 2.0**-23)
 
 
 def test_the_linear_form_never_makes_an_N_by_V_tensor():
@@ -299,7 +307,8 @@ def test_outside_mass_never_rounds_to_more_than_one():
     z, y = torch.randn(500, 50), torch.zeros(500, dtype=torch.int64)
     z[:, 0] = -100  # all mass is outside; one row in seven adds up to more than 1
     record = record_topk(z, y, 0.9, max_size=1)
-    assert (z.softmax(-1).sum(-1) > 1).any() and (record.outside_mass <= 1).all() and (outside_mass(z, record) <= 1).all()
+    assert ((z.softmax(-1).sum(-1) > 1).any() and (record.outside_mass <= 1).all()
+            and (outside_mass(z, record) <= 1).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -347,13 +356,16 @@ def test_linear_form_with_a_tail_equals_the_reference_in_every_argument(data):
     z, y = data.draw(logits_and_targets(torch.float64, sizes=(2, 5, 30)))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     (N, V), d = z.shape, 3
-    h, W, bias = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in ((N, d), (V, d), (V,)))
+    h, W, bias = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+                  for shape in ((N, d), (V, d), (V,)))
     record, tail = record_topk(z, y, 0.8), data.draw(tails(V))
     loss = linear_replay_cross_entropy(h, W, y, record, linear_bias=bias, tail=tail, reduction="sum")
     logits = reference.linear(h.tolist(), W.tolist(), bias.tolist())
-    losses, gradients = reference.replay_cross_entropy(logits, y.tolist(), rows_of(record), tail=[x.tolist() for x in tail])
+    losses, gradients = reference.replay_cross_entropy(logits, y.tolist(), rows_of(record),
+                                                       tail=[x.tolist() for x in tail])
     assert loss.item() == pytest.approx(math.fsum(losses), abs=1e-12)  # logits of size 10 and log-weights of 20
-    for mine, expected in zip(torch.autograd.grad(loss, (h, W, bias)), reference.linear_gradients(h.tolist(), W.tolist(), gradients)):
+    for mine, expected in zip(torch.autograd.grad(loss, (h, W, bias)),
+                              reference.linear_gradients(h.tolist(), W.tolist(), gradients)):
         assert mine.numpy() == pytest.approx(np.array(expected), abs=1e-12)
 
 
@@ -363,7 +375,8 @@ def test_a_tail_of_everything_makes_it_cross_entropy(case, tau, reduction):
     V, expected = logits.shape[1], F.cross_entropy(*case, reduction=reduction)
     record = record_topk(logits, target, tau)
     # whatever the record; a sample of all that are not gold is everything
-    for tail in (everything(V), sample_tail(target, V, V), sample_tail(target, V, V - len(set(target.tolist()) - {-100}))):
+    for tail in (everything(V), sample_tail(target, V, V),
+                 sample_tail(target, V, V - len(set(target.tolist()) - {-100}))):
         assert tail.token_ids.tolist() == list(range(V)) and not tail.log_weight.any()
         for _, loss in both_forms(logits, target, record, tail=tail, reduction=reduction):
             torch.testing.assert_close(loss, expected, equal_nan=True, rtol=1e-12, atol=1e-12)
@@ -372,8 +385,9 @@ def test_a_tail_of_everything_makes_it_cross_entropy(case, tau, reduction):
 @given(logits_and_targets(), taus)
 def test_an_empty_tail_is_no_tail_to_the_last_bit(case, tau):
     record = record_topk(*case, tau)
-    for (_, without), (_, empty) in zip(both_forms(*case, record, reduction="none"),
-                                        both_forms(*case, record, reduction="none", tail=Tail(torch.arange(0), torch.zeros(0)))):
+    for (_, without), (_, empty) in zip(
+            both_forms(*case, record, reduction="none"),
+            both_forms(*case, record, reduction="none", tail=Tail(torch.arange(0), torch.zeros(0)))):
         assert torch.equal(without, empty)
 
 
@@ -404,7 +418,8 @@ def test_the_mean_of_the_estimate_over_all_samples_is_what_the_subset_leaves_out
         seen.setdefault(tuple(tail.token_ids.tolist()), []).append(tail)
     assert len(seen) == 15  # all pairs; a count is binomial with mean 200 and deviation 13.7
     assert all(abs(len(draws) - 200) < 5 * 13.7 for draws in seen.values())
-    losses = torch.stack([replay_cross_entropy(z, target, record, tail=draws[0], reduction="none") for draws in seen.values()])
+    losses = torch.stack([replay_cross_entropy(z, target, record, tail=draws[0], reduction="none")
+                          for draws in seen.values()])
     gold = z[torch.arange(2), target]
     # exp(L + z_y) = A + B': its mean is the whole partition function, to the rounding of log w in float32
     assert (losses + gold).exp().mean(0).tolist() == pytest.approx(z.exp().sum(1).tolist(), rel=8 * EPS[torch.float32])
@@ -424,7 +439,8 @@ def test_derivatives_and_second_derivatives_with_a_tail(form):
         inputs = [x if any(x is w for w in wanted) else x.detach() for x in (h, W, b)]
         twice = torch.autograd.grad(function(*inputs), wanted, create_graph=True)
         assert all(gradient.requires_grad for gradient in twice)
-        torch.testing.assert_close(twice, torch.autograd.grad(function(*inputs), wanted), rtol=0, atol=1e-14)  # the fast path's
+        torch.testing.assert_close(twice, torch.autograd.grad(function(*inputs), wanted),  # the fast path's
+                                   rtol=0, atol=1e-14)
 
 
 def test_a_tail_is_gathered_to_the_same_loss_and_gradients(monkeypatch):
@@ -439,7 +455,8 @@ def test_a_tail_is_gathered_to_the_same_loss_and_gradients(monkeypatch):
 
 
 def test_a_frozen_head_or_body_gets_no_gradient_from_the_tail():
-    for h, W in itertools.product((torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)), (torch.randn(9, 4), torch.randn(9, 4, requires_grad=True))):
+    for h, W in itertools.product((torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)),
+                                  (torch.randn(9, 4), torch.randn(9, 4, requires_grad=True))):
         y = torch.arange(3)
         loss = linear_replay_cross_entropy(h, W, y, record_topk(h @ W.T, y, 0.5), tail=sample_tail(y, 9, 2))
         if loss.requires_grad:
@@ -452,7 +469,8 @@ def test_a_frozen_head_or_body_gets_no_gradient_from_the_tail():
 @pytest.mark.parametrize("size", [1e4, -1e4])
 def test_huge_logits_of_a_tail_stay_finite(size):
     z = torch.tensor([[size, 0.0, -size], [-size, size, 0.0]], requires_grad=True)
-    record, y = ReplayRecord(torch.tensor([2, 0], dtype=torch.int32), torch.arange(3), torch.zeros(2), 3, 0.5), torch.tensor([2, 0])
+    record, y = (ReplayRecord(torch.tensor([2, 0], dtype=torch.int32), torch.arange(3), torch.zeros(2), 3, 0.5),
+                 torch.tensor([2, 0]))
     for leaf, loss in both_forms(z, y, record, tail=everything(3), reduction="none"):
         assert loss.isfinite().all() and torch.autograd.grad(loss.sum(), leaf)[0].isfinite().all()
         assert loss.tolist() == pytest.approx(F.cross_entropy(z, y, reduction="none").tolist())
@@ -494,7 +512,8 @@ class Reads(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        masked = function is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        masked = function is torch.ops.aten.index.Tensor and any(
+            i is not None and i.dtype == torch.bool for i in args[1])
         reads = ("_local_scalar_dense", "nonzero", "repeat_interleave", "unique")
         self.count += masked or any(name in str(function) for name in reads)
         return function(*args, **(kwargs or {}))
@@ -502,7 +521,8 @@ class Reads(TorchDispatchMode):
 
 def test_a_tail_adds_no_wait_for_the_device():
     torch.manual_seed(0)
-    h, W, y = torch.randn(6, 4, requires_grad=True), torch.randn(20, 4, requires_grad=True), torch.tensor([3, 1, -100, 0, 7, 7])
+    h, W, y = (torch.randn(6, 4, requires_grad=True), torch.randn(20, 4, requires_grad=True),
+               torch.tensor([3, 1, -100, 0, 7, 7]))
     record, counts = record_topk(h @ W.T, y, 0.5), []
     for tail in (None, sample_tail(y, 20, 4)):
         with Reads() as reads:
@@ -536,9 +556,11 @@ IDS, WEIGHTS = torch.tensor([0, 2]), torch.zeros(2)
     ((torch.tensor([2, 0]), WEIGHTS), r"tail.token_ids must be ascending without duplicates \(row 1\)"),
     ((IDS, torch.tensor([0.0, math.nan])), r"tail.log_weight must be finite \(row 1\)"),
     ((IDS, torch.tensor([-math.inf, 0.0])), r"tail.log_weight must be finite \(row 0\)"),
-    ((IDS, torch.zeros(3)), r"tail must hold token_ids \(M,\)"), ((IDS, torch.zeros(2, dtype=torch.int64)), "tail must hold"),
+    ((IDS, torch.zeros(3)), r"tail must hold token_ids \(M,\)"),
+    ((IDS, torch.zeros(2, dtype=torch.int64)), "tail must hold"),
     ((IDS.int(), WEIGHTS), "tail must hold"), ((IDS[None], WEIGHTS[None]), "tail must hold"),
-    ((IDS.to("meta"), WEIGHTS), "tail must be on the target's device, cpu"), ((IDS, WEIGHTS.to("meta")), "tail must be on"),
+    ((IDS.to("meta"), WEIGHTS), "tail must be on the target's device, cpu"),
+    ((IDS, WEIGHTS.to("meta")), "tail must be on"),
 ])
 def test_bad_tails_are_refused_by_both_forms(tail, message):
     for form in (lambda: replay_cross_entropy(Z, Y, RECORD, tail=Tail(*tail)),
@@ -580,7 +602,8 @@ def test_a_tail_token_whose_logit_is_not_finite_is_refused_by_row():
     (dict(target=torch.tensor([2j, 1, 0])), "target must hold integers"),
     (dict(target=torch.tensor([2, 1])), "logits of leading shape"),
     (dict(logits=torch.tensor(1.0), target=torch.tensor(0)), r"logits must be floating point of shape \(\.\.\., V\)"),
-    (dict(logits=torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.0, math.inf, 0.0, 0.0], [0.0] * 4])), r"logits must be finite \(row 1\)"),
+    (dict(logits=torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.0, math.inf, 0.0, 0.0], [0.0] * 4])),
+     r"logits must be finite \(row 1\)"),
     (dict(logits=torch.tensor([[0.0] * 4, [0.0] * 4, [0.0, -math.inf, 0.0, 0.0]])), r"logits must be finite \(row 2\)"),
     (dict(logits=torch.tensor([[math.nan] + [0.0] * 3] + [[0.0] * 4] * 2)), r"logits must be finite \(row 0\)"),
     (dict(logits=torch.zeros(3, 4, dtype=torch.int64)), "logits must be floating point"),
@@ -592,12 +615,14 @@ def test_bad_input_to_record_topk(change, message):
 
 def test_finite_logits_with_an_infinite_sum_are_not_refused():
     assert rows_of(record_topk(torch.full((1, 4), 3e38), torch.tensor([0]), 0.25)) == [[0]]
-    with pytest.raises(ValueError, match=r"finite \(row 1\)"):  # and the row that is named is the one that is not finite
+    # and the row that is named is the one that is not finite
+    with pytest.raises(ValueError, match=r"finite \(row 1\)"):
         record_topk(torch.tensor([[3e38, 3e38], [math.inf, 0.0]]), torch.tensor([0, 0]), 0.25)
 
 
 @pytest.mark.parametrize("logits, target, record, options, message", [
-    (Z[:2], Y[:2], RECORD, {}, "{product} of N = 2 positions and V = 4 tokens does not fit the record of N = 3 and V = 4"),
+    (Z[:2], Y[:2], RECORD, {},
+     "{product} of N = 2 positions and V = 4 tokens does not fit the record of N = 3 and V = 4"),
     (Z[:, :3], Y, RECORD, {}, "{product} of N = 3 positions and V = 3 tokens"),
     (Z, torch.tensor([2, 0, -100]), RECORD, {}, r"target must be in its recorded row.*row 1"),
     (Z, torch.tensor([2, 1, 0]), RECORD, {}, r"target must be in its recorded row.*row 2"),
@@ -654,7 +679,8 @@ def test_concat_joins_in_order_and_refuses_what_differs():
         ReplayRecord.concat([])
 
 
-FIELDS = dict(token_ids=RECORD.token_ids, offsets=RECORD.offsets, outside_mass=RECORD.outside_mass, vocab_size=4, tau=0.8)
+FIELDS = dict(token_ids=RECORD.token_ids, offsets=RECORD.offsets, outside_mass=RECORD.outside_mass,
+              vocab_size=4, tau=0.8)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -673,20 +699,23 @@ FIELDS = dict(token_ids=RECORD.token_ids, offsets=RECORD.offsets, outside_mass=R
     (dict(outside_mass=torch.tensor([1.0, 0.1, 1.0000001])), r"outside_mass.*row 2"),
     (dict(outside_mass=torch.tensor([0.1, 0.1, math.nan])), r"outside_mass.*row 2"),
     (dict(outside_mass=torch.zeros(3, 1)), "outside_mass must be"),
-    (dict(vocab_size=0), "vocab_size"), (dict(vocab_size=2**31), "vocab_size"), (dict(tau=0.0), "tau"), (dict(tau=1.5), "tau"),
+    (dict(vocab_size=0), "vocab_size"), (dict(vocab_size=2**31), "vocab_size"),
+    (dict(tau=0.0), "tau"), (dict(tau=1.5), "tau"),
 ])
 def test_a_record_that_breaks_an_invariant_cannot_be_made(change, message):
     with pytest.raises(ValueError, match="^" + message):
         ReplayRecord(**{**FIELDS, **change})
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(),
+                                                                reason="needs a CUDA device"))]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_record_moves_with_all_its_fields(device):
     moved = RECORD.to(device)
-    assert {getattr(moved, name).device.type for name in logits_replay.DTYPES} == {device} and same(moved.to("cpu"), RECORD)
+    assert ({getattr(moved, name).device.type for name in logits_replay.DTYPES} == {device}
+            and same(moved.to("cpu"), RECORD))
     assert same(moved.select([2, 0]).to("cpu"), RECORD.select([2, 0])) and torch.equal(moved.rows.cpu(), RECORD.rows)
 
 

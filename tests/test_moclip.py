@@ -126,12 +126,15 @@ class Pair:
     def __init__(self, sizes, groups, max_angle, scope, seed=0):
         generator = torch.Generator().manual_seed(seed)
         self.weights = [torch.nn.Parameter(torch.randn(n, generator=generator, dtype=torch.float64)) for n in sizes]
-        options = [dict(lr=0.01, betas=(0.9, 0.999), a=4 / math.pi, b=1.0, weight_decay=0.0) | group for group in groups]
+        options = [dict(lr=0.01, betas=(0.9, 0.999), a=4 / math.pi, b=1.0, weight_decay=0.0) | group
+                   for group in groups]
         halves = [self.weights[i::len(options)] for i in range(len(options))]
-        self.optimizer = MoClip([dict(params=half, **option) for half, option in zip(halves, options)], max_angle=max_angle, scope=scope)
+        self.optimizer = MoClip([dict(params=half, **option) for half, option in zip(halves, options)],
+                                max_angle=max_angle, scope=scope)
         order = [i for k in range(len(options)) for i in range(len(sizes))[k::len(options)]]
         self.order, self.scope, self.max_angle = order, scope, max_angle
-        self.plain = [dict(parameter=self.weights[i].tolist(), exp_avg=[0.0] * sizes[i], exp_avg_sq=[0.0] * sizes[i], step=0) for i in order]
+        self.plain = [dict(parameter=self.weights[i].tolist(), exp_avg=[0.0] * sizes[i], exp_avg_sq=[0.0] * sizes[i],
+                           step=0) for i in order]
         self.options = [o for k, o in enumerate(options) for _ in halves[k]]
 
     def step(self, grads):
@@ -145,14 +148,17 @@ class Pair:
             assert self.optimizer.last_angle.reshape(-1).tolist() == pytest.approx(angles, abs=1e-9)
             assert self.optimizer.last_clipped.reshape(-1).tolist() == list(clipped)
         for i, plain in zip(self.order, self.plain):
-            # each step adds a few eps (of weights near 1, steps of 0.02); the rotation amplifies by 1/sin(theta) < 1e3 here
+            # each step adds a few eps (of weights near 1, steps of 0.02); the rotation amplifies by
+            # 1/sin(theta) < 1e3 here
             assert self.weights[i].tolist() == pytest.approx(plain["parameter"], abs=1e-11)
         return reports
 
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 @pytest.mark.parametrize("max_angle", [0.3, math.pi / 4, math.pi / 2, math.pi])
-@pytest.mark.parametrize("groups", [[{}], [dict(weight_decay=0.1)], [dict(lr=0.03, betas=(0.5, 0.9)), dict(b=2.0, a=1.0, betas=(0.0, 0.99))]])
+@pytest.mark.parametrize("groups", [
+    [{}], [dict(weight_decay=0.1)],
+    [dict(lr=0.03, betas=(0.5, 0.9)), dict(b=2.0, a=1.0, betas=(0.0, 0.99))]])
 def test_trajectory_equals_the_reference(scope, max_angle, groups):
     pair = Pair([3, 1, 4, 2], groups, max_angle, scope)
     generator = torch.Generator().manual_seed(1)
@@ -179,10 +185,12 @@ def test_an_antiparallel_gradient_restarts_the_momentum(scope):
         pair.step(ones)
     pair.step([[-2.0], *ones[1:]])
     state = pair.optimizer.state[pair.weights[0]]
-    assert state["exp_avg"].item() == pytest.approx(-0.2) and state["step"] == 6  # (1 - beta1) g: nothing is left of before
+    # (1 - beta1) g: nothing is left of before
+    assert state["exp_avg"].item() == pytest.approx(-0.2) and state["step"] == 6
     assert pair.optimizer.last_clipped.reshape(-1)[0] and pair.optimizer.last_angle.reshape(-1)[0] == math.pi
     if scope == "tensor":
-        assert pair.optimizer.state[pair.weights[1]]["exp_avg"].item() == pytest.approx(1 - 0.9**6)  # the other scope goes on
+        # the other scope goes on
+        assert pair.optimizer.state[pair.weights[1]]["exp_avg"].item() == pytest.approx(1 - 0.9**6)
 
 
 def train(optimizer, weights, steps, seed=0):
@@ -194,8 +202,8 @@ def train(optimizer, weights, steps, seed=0):
 
 
 def test_defaults_are_those_of_the_docstring():
-    assert MoClip([torch.zeros(1)]).defaults == dict(lr=1e-3, betas=(0.9, 0.999), max_angle=math.pi / 2, a=4 / math.pi, b=1.0,
-                                                     weight_decay=0.0, scope="global")
+    assert MoClip([torch.zeros(1)]).defaults == dict(lr=1e-3, betas=(0.9, 0.999), max_angle=math.pi / 2,
+                                                     a=4 / math.pi, b=1.0, weight_decay=0.0, scope="global")
 
 
 def test_the_first_step_reports_no_angle_and_moves_by_lr():
@@ -206,7 +214,8 @@ def test_the_first_step_reports_no_angle_and_moves_by_lr():
     assert torch.equal(w, torch.tensor([0.875, 2.125])) and optimizer.last_angle == 0 and not optimizer.last_clipped
 
 
-@pytest.mark.parametrize("dtype, state_dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize("dtype, state_dtype", [
+    (torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
 def test_state_is_adams_and_wide(dtype, state_dtype):
     w = torch.nn.Parameter(torch.ones(2, 3, dtype=dtype))
     optimizer = MoClip([w])
@@ -217,7 +226,7 @@ def test_state_is_adams_and_wide(dtype, state_dtype):
 
 
 def test_bfloat16_parameters_follow_the_float32_trajectory():
-    """lr 1/16 near 1: every step is far above the spacing of bfloat16, so that only rounding to it separates the two."""
+    "lr 1/16 near 1: every step is far above the spacing of bfloat16, so that only rounding to it separates the two."
     a, b = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     first, second = MoClip([a], lr=1 / 16), MoClip([b], lr=1 / 16)
     for t in range(20):
@@ -230,7 +239,8 @@ def test_bfloat16_parameters_follow_the_float32_trajectory():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("copy_optimizer", [
-    lambda optimizer, weights: copy.deepcopy(optimizer), lambda optimizer, weights: pickle.loads(pickle.dumps(optimizer)),
+    lambda optimizer, weights: copy.deepcopy(optimizer),
+    lambda optimizer, weights: pickle.loads(pickle.dumps(optimizer)),
     lambda optimizer, weights: restored(optimizer, weights)], ids=["deepcopy", "pickle", "state_dict"])
 def test_a_copy_continues_bit_for_bit(dtype, copy_optimizer):
     torch.manual_seed(0)
@@ -242,7 +252,8 @@ def test_a_copy_continues_bit_for_bit(dtype, copy_optimizer):
     train(optimizer, weights, 5, seed=1)
     train(other, others, 5, seed=1)
     assert all(torch.equal(a, b) and a is not b for a, b in zip(weights, others))
-    assert torch.equal(optimizer.last_angle, other.last_angle) and torch.equal(optimizer.last_clipped, other.last_clipped)
+    assert (torch.equal(optimizer.last_angle, other.last_angle)
+            and torch.equal(optimizer.last_clipped, other.last_clipped))
 
 
 def restored(optimizer, weights):
@@ -305,7 +316,8 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was(group, message):
     with pytest.raises(ValueError, match="^" + message):
         optimizer.add_param_group(dict(params=[torch.nn.Parameter(torch.ones(1))], **group))
     assert len(optimizer.param_groups) == 1
-    MoClip([dict(params=[torch.nn.Parameter(torch.ones(1))], max_angle=x) for x in (0.1, 0.2)], scope="tensor")  # own caps
+    MoClip([dict(params=[torch.nn.Parameter(torch.ones(1))], max_angle=x) for x in (0.1, 0.2)],  # own caps
+           scope="tensor")
 
 
 def test_complex_and_sparse_are_refused():
@@ -323,7 +335,8 @@ class NoSync(TorchDispatchMode):
     """Fails on what waits for the device: reading a value on the host, or a shape that depends on values."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function.__name__.split(".")[0] not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"), function
+        assert function.__name__.split(".")[0] not in (
+            "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"), function
         return function(*args, **(kwargs or {}))
 
 

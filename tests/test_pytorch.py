@@ -40,7 +40,8 @@ def test_the_step_compiles_without_a_graph_break(scope, lr):
             gradients(plain, seed), gradients(others, seed)
             one.step(), step()
             for a, b in zip([*plain, one.last_angle], [*others, two.last_angle]):
-                torch.testing.assert_close(a, b, rtol=0, atol=8 * 2.0**-23)  # fused arithmetic: the last bits of entries near 1
+                # fused arithmetic: the last bits of entries near 1
+                torch.testing.assert_close(a, b, rtol=0, atol=8 * 2.0**-23)
             assert torch.equal(one.last_clipped, two.last_clipped)
     assert one.last_clipped.any()
 
@@ -101,7 +102,8 @@ def test_grad_scaler_skips_infinite_gradients_and_hides_its_scale():
 
 def head(dtype=torch.float32, B=2, T=5, d=8, V=30):
     torch.manual_seed(0)
-    h, W, y = torch.randn(B, T, d, dtype=dtype, requires_grad=True), torch.randn(V, d, dtype=dtype, requires_grad=True), torch.randint(V, (B, T))
+    h, W, y = (torch.randn(B, T, d, dtype=dtype, requires_grad=True),
+               torch.randn(V, d, dtype=dtype, requires_grad=True), torch.randint(V, (B, T)))
     y[0, :2] = -100
     return h, W, y, record_topk((h @ W.T).detach(), y, 0.8)
 
@@ -120,10 +122,12 @@ def test_losses_under_autocast_are_float32():
     with torch.autocast("cpu", torch.bfloat16):
         hidden = F.linear(h, torch.eye(8))
         assert hidden.dtype == torch.bfloat16
-        linear, dense = linear_replay_cross_entropy(hidden, W, y, record), replay_cross_entropy(F.linear(hidden, W), y, record)
+        linear, dense = (linear_replay_cross_entropy(hidden, W, y, record),
+                         replay_cross_entropy(F.linear(hidden, W), y, record))
     assert linear.dtype == dense.dtype == torch.float32
     exact = linear_replay_cross_entropy(hidden.double(), W.double(), y, record)
-    torch.testing.assert_close(linear.double(), exact, rtol=2**-18, atol=0)  # the head itself is not rounded to bfloat16
+    # the head itself is not rounded to bfloat16
+    torch.testing.assert_close(linear.double(), exact, rtol=2**-18, atol=0)
     linear.backward()
     assert h.grad.dtype == W.grad.dtype == torch.float32
 
@@ -204,34 +208,41 @@ def test_two_processes_take_the_steps_of_one_under_ddp_and_fsdp(tmp_path):
         for (engine, scope), result in torch.load(tmp_path / f"results-{rank}").items():
             for mine, alone in zip(result, fit(network(), scope)):
                 # sums over two halves: rounded in another order, through five steps of curvature about 1
-                torch.testing.assert_close(mine, alone, rtol=2**10 * EPS, atol=2**10 * EPS, msg=f"{engine} {scope} rank {rank}")
+                torch.testing.assert_close(mine, alone, rtol=2**10 * EPS, atol=2**10 * EPS,
+                                           msg=f"{engine} {scope} rank {rank}")
     h, W, y, record = head()
     joined = ReplayRecord.concat([ReplayRecord.load(tmp_path / f"shard-{rank}.npz") for rank in range(2)])
-    assert all(torch.equal(getattr(joined, name), getattr(record, name)) for name in ("token_ids", "offsets", "outside_mass"))
+    assert all(torch.equal(getattr(joined, name), getattr(record, name))
+               for name in ("token_ids", "offsets", "outside_mass"))
 
 
 # --------------------------------- what PyTorch's test_optim.py asks of every optimizer, where the code here has a say
-# Without torch.testing._internal.common_optimizers: it needs expecttest, and its import cuts Hypothesis to 10 examples everywhere.
+# Without torch.testing._internal.common_optimizers: it needs expecttest, and its import cuts Hypothesis to 10 examples
+# everywhere.
 
-CONFIGURATIONS = [{}, dict(lr=0.0), dict(lr=torch.tensor(0.02)), dict(weight_decay=0.1), dict(betas=(0.0, 0.5)), dict(a=1.0, b=2.0),
-                  dict(max_angle=0.0), dict(max_angle=math.pi), dict(scope="tensor"), dict(lr=0.1, max_angle=0.7, scope="tensor")]
+CONFIGURATIONS = [{}, dict(lr=0.0), dict(lr=torch.tensor(0.02)), dict(weight_decay=0.1), dict(betas=(0.0, 0.5)),
+                  dict(a=1.0, b=2.0), dict(max_angle=0.0), dict(max_angle=math.pi), dict(scope="tensor"),
+                  dict(lr=0.1, max_angle=0.7, scope="tensor")]
 
 
 @pytest.mark.parametrize("options", CONFIGURATIONS, ids=str)
 def test_a_step_takes_any_layout_and_no_dimension_and_no_entry(options):
     torch.manual_seed(0)
     x, y = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randn(1, dtype=torch.float64)
-    layouts = [x.to(memory_format=torch.channels_last), x.mT.contiguous().mT, torch.stack([x, x], -1)[..., 0], y[0], x[:0]]
+    layouts = [x.to(memory_format=torch.channels_last), x.mT.contiguous().mT, torch.stack([x, x], -1)[..., 0],
+               y[0], x[:0]]
     odd, plain = [nn.Parameter(w) for w in layouts], [nn.Parameter(w.clone()) for w in (x, x, x, y)]
     one, two = MoClip(odd, **options), MoClip(plain, **options)
     for seed in range(4):
         gradients(odd, seed), gradients(plain, seed), one.step(), two.step()
-        for a, b in zip([one.last_angle, *odd], [two.last_angle, *plain]):  # sums in another order, four steps, weights below 4
+        # sums in another order, four steps, weights below 4
+        for a, b in zip([one.last_angle, *odd], [two.last_angle, *plain]):
             torch.testing.assert_close(a.reshape(-1)[:b.numel()], b.reshape(-1), rtol=0, atol=2**6 * EPS)
     assert one.last_angle.isfinite().all() and one.state[odd[-1]]["step"] == 4
 
 
-@pytest.mark.parametrize("distributed", [False, True][:1 + dist.is_available()], ids=["file", "distributed"][:1 + dist.is_available()])
+@pytest.mark.parametrize("distributed", [False, True][:1 + dist.is_available()],
+                         ids=["file", "distributed"][:1 + dist.is_available()])
 @pytest.mark.parametrize("options", CONFIGURATIONS, ids=str)
 def test_every_configuration_continues_from_a_checkpoint(options, distributed, tmp_path):
     weights = dict(a=torch.ones(3), b=torch.ones(2, 2).bfloat16(), c=torch.tensor(1.0).double(), d=torch.ones(0))
@@ -242,7 +253,8 @@ def test_every_configuration_continues_from_a_checkpoint(options, distributed, t
     if distributed:
         from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
         state = copy.deepcopy(get_state_dict(old, one))
-        set_state_dict(new, two, model_state_dict=state[0], optim_state_dict=state[1])  # takes a step with lr 0 and gradients 0 first
+        # takes a step with lr 0 and gradients 0 first
+        set_state_dict(new, two, model_state_dict=state[0], optim_state_dict=state[1])
     else:
         torch.save([old.state_dict(), one.state_dict()], tmp_path / "state")
         for target, state in zip((new, two), torch.load(tmp_path / "state")):
@@ -256,19 +268,22 @@ def test_every_configuration_continues_from_a_checkpoint(options, distributed, t
 def test_a_schedule_steers_the_step_and_the_momentum(lr):
     w = nn.Parameter(torch.zeros(3, dtype=torch.float64))
     optimizer = MoClip([w], lr=copy.deepcopy(lr))
-    schedule, group, expected, rest = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, 12), optimizer.param_groups[0], 0.0, 1.0
+    schedule, group, expected, rest = (torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, 12),
+                                       optimizer.param_groups[0], 0.0, 1.0)
     for t in range(1, 11):
         w.grad = torch.ones_like(w)  # then m = 1 - rest, rest = the product of the beta1 so far, and v = 1 - beta2^t
         rest *= group["betas"][0]
         expected -= float(group["lr"]) * 4 / math.pi * math.atan((1 - rest) / (1 - group["betas"][0]**t))
         optimizer.step(), schedule.step()
-        assert w.tolist() == pytest.approx([expected] * 3, rel=2**10 * EPS)  # 1 - 0.999 has 2^10 times the relative error of 0.999
+        # 1 - 0.999 has 2^10 times the relative error of 0.999
+        assert w.tolist() == pytest.approx([expected] * 3, rel=2**10 * EPS)
     assert type(group["lr"]) is type(lr)
 
 
 @pytest.mark.parametrize("first", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_parameters_of_several_dtypes_share_one_angle(first):
-    weights = [nn.Parameter(torch.ones(40, dtype=dtype)) for dtype in (first, torch.float32, torch.bfloat16, torch.float64)]
+    weights = [nn.Parameter(torch.ones(40, dtype=dtype))
+               for dtype in (first, torch.float32, torch.bfloat16, torch.float64)]
     optimizer = MoClip(weights, max_angle=1.2)
     momentum = lambda: torch.cat([optimizer.state[w]["exp_avg"].double() for w in weights])
     gradients(weights, 0), optimizer.step()
@@ -276,20 +291,23 @@ def test_parameters_of_several_dtypes_share_one_angle(first):
     g = torch.cat([w.grad.double() for w in weights])
     optimizer.step()
     expected = angle_between(g, m), m.lerp(clip_angle(g, m, 1.2), 0.1)
-    torch.testing.assert_close((optimizer.last_angle, momentum()), expected, rtol=0, atol=2.0**-21)  # float32, entries below 4
+    # float32, entries below 4
+    torch.testing.assert_close((optimizer.last_angle, momentum()), expected, rtol=0, atol=2.0**-21)
     assert optimizer.last_clipped
 
 
 def test_a_group_that_torch_refuses_takes_no_other_with_it():
     w = nn.Parameter(torch.ones(2))
     optimizer = MoClip([("w", w)])
-    for params, message in (([("again", w)], "more than one"), ([nn.Parameter(torch.ones(1))], "names"), ([("w2", w * 1)], "non-leaf")):
+    for params, message in (([("again", w)], "more than one"), ([nn.Parameter(torch.ones(1))], "names"),
+                            ([("w2", w * 1)], "non-leaf")):
         with pytest.raises(ValueError, match=message):
             optimizer.add_param_group(dict(params=params))
     assert [group["param_names"] for group in optimizer.param_groups] == [["w"]]
 
 
-@pytest.mark.parametrize("dtype, device", [(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")], ids=str)
+@pytest.mark.parametrize("dtype, device", [
+    (torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")], ids=str)
 def test_default_dtype_and_device_are_not_those_of_the_step_count(dtype, device):
     w = nn.Parameter(torch.ones(2))
     optimizer, before = MoClip([w]), torch.get_default_dtype()
@@ -301,7 +319,8 @@ def test_default_dtype_and_device_are_not_those_of_the_step_count(dtype, device)
                 optimizer.step()
     finally:
         torch.set_default_dtype(before)
-    assert optimizer.state[w]["step"].dtype == torch.float32 and optimizer.state[w]["step"] == 260  # 256 + 1 = 256 in bfloat16
+    # 256 + 1 = 256 in bfloat16
+    assert optimizer.state[w]["step"].dtype == torch.float32 and optimizer.state[w]["step"] == 260
 
 
 def test_hooks_of_load_state_dict_have_their_say_and_nothing_is_shared():
@@ -313,7 +332,8 @@ def test_hooks_of_load_state_dict_have_their_say_and_nothing_is_shared():
     two.register_load_state_dict_post_hook(lambda o: seen.append(o.state[v]["exp_avg"].dtype))
     two.register_load_state_dict_post_hook(lambda o: o.state[v].update(exp_avg_sq=torch.full((2,), 7.0)))
     two.load_state_dict(one.state_dict())
-    assert seen == [torch.float32] and two.state[v]["step"] == 3 and torch.equal(two.state[v]["exp_avg"], scaled["exp_avg"])
+    assert (seen == [torch.float32] and two.state[v]["step"] == 3
+            and torch.equal(two.state[v]["exp_avg"], scaled["exp_avg"]))
     assert torch.equal(two.state[v]["exp_avg_sq"], torch.full((2,), 7.0))
     gradients([v], 1), two.step()
     assert scaled["step"] == 3
@@ -331,7 +351,8 @@ def test_an_antiparallel_gradient_in_float32_restarts_beside_float64(order):
     torch.testing.assert_close(optimizer.state[a]["exp_avg"], 0.1 * a.grad, rtol=2.0**-22, atol=0)
 
 
-@pytest.mark.parametrize("options", [dict(betas=0.9), dict(lr=torch.ones(2)), dict(lr=torch.ones(1)), dict(lr=None), dict(a="1")], ids=str)
+@pytest.mark.parametrize("options", [
+    dict(betas=0.9), dict(lr=torch.ones(2)), dict(lr=torch.ones(1)), dict(lr=None), dict(a="1")], ids=str)
 def test_whatever_the_error_a_refused_group_is_not_added(options):
     optimizer = MoClip([nn.Parameter(torch.ones(()))])
     with pytest.raises((ValueError, TypeError)):
@@ -340,4 +361,5 @@ def test_whatever_the_error_a_refused_group_is_not_added(options):
 
 
 def test_empty_vectors_turn_nothing():
-    assert angle_between(torch.zeros(0), torch.zeros(0)) == 0 and clip_angle(torch.zeros(0, 2), torch.zeros(0, 2), 0.1).shape == (0, 2)
+    assert (angle_between(torch.zeros(0), torch.zeros(0)) == 0
+            and clip_angle(torch.zeros(0, 2), torch.zeros(0, 2), 0.1).shape == (0, 2))

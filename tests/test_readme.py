@@ -27,7 +27,8 @@ def test_the_loop_of_the_readme_runs_and_learns():
     labels = ids + 1  # the next token is this one plus one
     labels[labels == 50] = -100
     names = dict(torch=torch, model=model, ids=ids, labels=labels, MoClip=MoClip, ReplayRecord=ReplayRecord,
-                 record_topk=record_topk, sample_tail=sample_tail, linear_replay_cross_entropy=linear_replay_cross_entropy)
+                 record_topk=record_topk, sample_tail=sample_tail,
+                 linear_replay_cross_entropy=linear_replay_cross_entropy)
     before = torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten())
     loop, = re.findall(r"```python\n((?!>>>).*?)```", README, re.DOTALL)
     for epoch in range(3):
@@ -57,4 +58,5 @@ def test_the_reading_order_counts_lines_as_they_are():
     assert len(rows) == 4
     for name, lines in rows:
         text = (ROOT / name).read_text().splitlines()
-        assert int(lines) == next((i for i, line in enumerate(text, 1) if "a learner may stop here" in line), len(text)), name
+        assert int(lines) == next(
+            (i for i, line in enumerate(text, 1) if "a learner may stop here" in line), len(text)), name

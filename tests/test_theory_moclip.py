@@ -841,7 +841,8 @@ def test_m9_tight_one_dimension_without_bias_comes_back_to_the_level_h_N(L, h):
 @given(st.floats(0.3, 4), st.floats(0.1, 2), st.floats(0.001, 0.1))
 def test_m9_tight_a_bias_that_turns_one_sign_keeps_the_level_and_for_short_steps_it_is_the_bound(c, B, h):
     w, start = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64)), B / c * (1 - 1e-9)
-    w.data[0] = start  # f = c (w1 + w2)^2 / 2: both slopes are c (w1 + w2), so mu = 4 c, L_1 = L_2 = 2 c, N = 2 B + 2 c h
+    # f = c (w1 + w2)^2 / 2: both slopes are c (w1 + w2), so mu = 4 c, L_1 = L_2 = 2 c, N = 2 B + 2 c h
+    w.data[0] = start
     optimizer = MoClip([w], lr=h, betas=(0.0, 0.0), max_angle=math.pi)
     for t in range(50):
         slope = c * w.detach().sum()
