@@ -426,6 +426,11 @@ def _gathered_logits(h: Tensor, W: Tensor, rows: Tensor, offsets: Tensor, ids: T
         return (h[rows] * W[ids]).sum(1), None if tail_ids is None else h @ W[tail_ids].t()
 
 
+def _csr(offsets: Tensor, ids: Tensor, values: Tensor, size) -> Tensor:
+    """The sparse matrix with these rows; `device`, since a default device would go before that of the values."""
+    return torch.sparse_csr_tensor(offsets, ids, values, size, device=values.device, check_invariants=False)
+
+
 class _SampledLogits(torch.autograd.Function):
     """The same by `sampled_addmm`: nnz d multiplications, forward and backward, beside the tail's N M d.
 
@@ -436,7 +441,7 @@ class _SampledLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, W, rows, offsets, ids, tail_ids):
         ctx.save_for_backward(h, W, rows, offsets, ids, tail_ids)
-        pattern = torch.sparse_csr_tensor(offsets, ids, h.new_zeros(len(ids)), (len(h), len(W)), check_invariants=False)
+        pattern = _csr(offsets, ids, h.new_zeros(len(ids)), (len(h), len(W)))
         with torch.autocast(h.device.type, enabled=False):
             # detached from the sparse tensor that it is a view of: torch.compile looks for strides there
             z = torch.sparse.sampled_addmm(pattern, h, W.t(), beta=0).values().detach()
@@ -451,7 +456,7 @@ class _SampledLogits(torch.autograd.Function):
             logits = _gathered_logits(h, W, rows, offsets, ids, tail_ids)[:len(grads)]
             found = iter(torch.autograd.grad(logits, wanted, grads, create_graph=True))
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None, None, None
-        G = torch.sparse_csr_tensor(offsets, ids, grads[0].contiguous(), (len(h), len(W)), check_invariants=False)
+        G = _csr(offsets, ids, grads[0].contiguous(), (len(h), len(W)))
         # dL/dh = G W,   dL/dW = G' h,   with G the (N, V) sparse matrix of dL/dz; and the same with dL/dz_tail
         grad_h = G @ W if ctx.needs_input_grad[0] else None
         grad_W = G.t() @ h if ctx.needs_input_grad[1] else None

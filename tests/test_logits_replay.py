@@ -133,7 +133,7 @@ def test_outside_mass_is_differentiable_and_keeps_small_values():
 # -------------------------------------------------------------------------------------------------------------- loss
 
 def both_forms(z, target, record, bias=None, **options):
-    "The loss from logits, and by the linear form whose hidden states are the logits and whose head is the identity."
+    """The loss from logits, and by the linear form of them as hidden states and an identity head."""
     yield z, replay_cross_entropy(z if bias is None else z + bias, target, record, **options)
     eye = torch.eye(z.shape[1], dtype=z.dtype)
     yield z, linear_replay_cross_entropy(z, eye, target, record, linear_bias=bias, **options)
@@ -721,6 +721,29 @@ def test_a_record_moves_with_all_its_fields(device):
 
 def same(a, b):
     return all(torch.equal(torch.as_tensor(getattr(a, name)), torch.as_tensor(getattr(b, name))) for name in FIELDS)
+
+
+def test_everything_stays_on_the_device_of_its_input_whatever_the_default_device_is(tmp_path):
+    torch.manual_seed(0)
+    h, W, bias, y = torch.randn(6, 8), torch.randn(400, 8), torch.randn(400), torch.randint(400, (6,))
+
+    def everything_there_is():
+        generator = torch.Generator("cpu").manual_seed(0)
+        record = ReplayRecord.concat([record_topk(h @ W.T + bias, y, tau) for tau in (0.9, 0.9)]).select(range(6))
+        record.save(tmp_path / "r.npz")
+        record, tail = ReplayRecord.load(tmp_path / "r.npz").to("cpu"), sample_tail(y, 400, 20, generator=generator)
+        leaves = [x.clone().requires_grad_() for x in (h, W, bias)]
+        losses = []
+        for sample in None, tail:
+            linear = linear_replay_cross_entropy(*leaves[:2], y, record, linear_bias=leaves[2], tail=sample)
+            losses += [linear, replay_cross_entropy(h @ W.T + bias, y, record, tail=sample)]
+        return [record.token_ids, outside_mass(h @ W.T, record), tail.log_weight, *losses,
+                *torch.autograd.grad(sum(losses), leaves), record_topk(0 * h @ W.T, y, 0.9).offsets]
+
+    expected = everything_there_is()
+    with torch.device("meta"):
+        found = everything_there_is()
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 @given(logits_and_targets())

@@ -226,7 +226,7 @@ def test_state_is_adams_and_wide(dtype, state_dtype):
 
 
 def test_bfloat16_parameters_follow_the_float32_trajectory():
-    "lr 1/16 near 1: every step is far above the spacing of bfloat16, so that only rounding to it separates the two."
+    """lr 1/16 near 1: every step is far above the spacing of bfloat16: only rounding to it separates the two."""
     a, b = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     first, second = MoClip([a], lr=1 / 16), MoClip([b], lr=1 / 16)
     for t in range(20):
