@@ -106,6 +106,7 @@ def main():
     parser.add_argument("--methods", nargs="+", default=list(script.METHODS), choices=script.METHODS)
     parser.add_argument("--tau", type=float, default=0.95, help="0: no Stage 0, only the gold token is recorded")
     parser.add_argument("--tail", type=int, default=256, help="tokens that a tail method samples for each batch")
+    parser.add_argument("--freeze-head", action="store_true", help="and the embedding, where it is tied")
     parser.add_argument("--max-angle", type=float, default=90, help="MoClip's cap, in degrees")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--steps", type=int, default=30)
@@ -149,7 +150,8 @@ def main():
     dataset = [{"input_ids": x, "labels": y, "index": i} for i, (x, y) in enumerate(zip(ids, labels))]
     row_of = script.record_rows(labels)
 
-    config = {k: str(v) for k, v in vars(args).items() if k not in ("methods", "seeds", "results", "checkpoints")}
+    aside = {"methods", "seeds", "results", "checkpoints"} | ({"freeze_head"} if not args.freeze_head else set())
+    config = {k: str(v) for k, v in vars(args).items() if k not in aside}
     config |= {"model": Path(args.model).name, "world": arguments.world_size, "transformers": transformers.__version__,
                "torch": torch.__version__}
     studies = json.loads(args.results.read_text()) if args.results.exists() else []
@@ -184,6 +186,7 @@ def main():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 record.save(path)
         stage0_s = time.perf_counter() - start
+        model.get_output_embeddings().weight.requires_grad_(not args.freeze_head)
         optimizer = script.make_optimizer(method, model.parameters(), args)
         schedule = script.warmup_then_linear(optimizer, args.steps)
         trainer = ReplayTrainer(model, arguments, train_dataset=dataset, optimizers=(optimizer, schedule))
