@@ -145,7 +145,7 @@ def stage0_row(plt):
 
 
 def frontier(plt):
-    """Accuracy against forgetting of the six methods; a point a learning rate, mean over bases and seeds."""
+    """Accuracy against forgetting; a point a learning rate, mean over bases and seeds. Two rivals need general text."""
     report, rows = study()
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(WIDTH, 4.4), sharex=True, height_ratios=(3, 1))
     looks = {"full": (GREY, "o"), "replay": (RED, "s"), "tail": (BLUE, "D")}
@@ -161,11 +161,18 @@ def frontier(plt):
                 above = method == "tail+adamw"
                 axes.annotate(f"{1e4 * lr:g}", (a, b), (-4, 6) if above else (4, -12), textcoords="offset points",
                               size=9, color=color, ha="right" if above else "left")
-    upper.annotate("better", (0.02, 0.96), (0.1, 0.82), xycoords="axes fraction", color=GREEN, size=11, va="top",
+    for variant, marker in (("mixed", "^"), ("KL to base", "v")):
+        for method, color in (("full+adamw", GREY), ("tail+adamw", BLUE)):
+            rows_of = report.select(rows, method=method, variant=variant)
+            groups = [report.at(rows_of, lr) for lr in (6e-4, 8e-4)]
+            upper.plot([report.mean(group, "forgetting") for group in groups],
+                       [100 * report.mean(group, "accuracy") for group in groups], ":", marker=marker, ms=6,
+                       color=color, label=f"{method}, {variant}")
+    upper.annotate("better", (0.14, 0.55), (0.24, 0.35), xycoords="axes fraction", color=GREEN, size=11, va="top",
                    arrowprops=dict(arrowstyle="-|>", color=GREEN, lw=1.5))
     upper.set(ylabel="test accuracy, %")
-    lower.set(xscale="log", ylabel="the same", ylim=(-4, 50), xticks=(0.05, 0.1, 0.2, 0.5, 1, 2),
-              xticklabels=("0.05", "0.1", "0.2", "0.5", "1", "2"),
+    lower.set(xscale="log", ylabel="the same", ylim=(-4, 50), xticks=(0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2),
+              xticklabels=("0.005", "0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"),
               xlabel="forgetting: rise of the general NLL, nats a token (log scale); labels: learning rate / 1e-4")
     lower.minorticks_off()
     for axes in (upper, lower):

@@ -2,10 +2,15 @@
 
 Each is a function of `c`, a namespace with the model, the base (frozen), data, record, args, seed and generator of a
 run; it returns (score, optimizer) as `train_small.finetune` takes them, None for the method's own. Mean nats.
+
+    python experiments/rivals.py        # what a step costs with general text, a minute; writes results/rivals.json
 """
 
+import json
+import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -206,3 +211,39 @@ VARIANTS = {"": lambda c: (None, None), "head frozen": head_frozen, "head rows o
             "gold only": gold_only, "uniform only": uniform_only, "frozen sum": frozen_sum,
             "recorded at 40": recorded_at({40}), "recorded every epoch": recorded_at({0, 69, 138}),
             "bfloat16": bfloat16, "spikes": spikes}
+
+
+def main():
+    """What a step costs with a rival: all arms take the same 60 batches in turn; medians of the ratio to full+adamw."""
+    import sweep  # it imports this module
+    base, s = sweep.prepared(0, script.WIDTH), SimpleNamespace(**sweep.DEFAULT)
+    (tokens, targets), cpu = base.data.domain_train, torch.device("cpu")
+    record, row_of = script.stage0(base.model, tokens, targets, s.tau, cpu), script.record_rows(targets)
+    arms, times = {}, {}
+    for method in ("full+adamw", "tail+adamw"):
+        for variant in ("", "mixed", "KL to base"):
+            model = script.Model()
+            model.load_state_dict(base.model.state_dict())
+            c = SimpleNamespace(model=model, base=base.model, data=base.data, record=record, args=s, method=method,
+                                seed=0, generator=torch.Generator().manual_seed(0))
+            score = VARIANTS[variant](c)[0] or own(c)
+            optimizer = script.make_optimizer(method, model.parameters(), s)
+            arms[f"{method}, {variant}".strip(", ")] = model, score, optimizer
+    for batch, _ in zip(script.domain_batches(targets, s.batch, 0), range(60)):
+        for name, (model, score, optimizer) in arms.items():
+            start = script.clock(cpu)
+            hidden, gold = script.scored_hidden(model, tokens[batch], targets[batch], cpu)
+            loss = score(hidden, model.embedding.weight, gold, row_of[batch][targets[batch] != script.IGNORE])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            times.setdefault(name, []).append(script.clock(cpu) - start)
+    plain = times["full+adamw"]
+    found = {name: statistics.median(t / p for t, p in zip(values, plain)) for name, values in times.items()}
+    path = sweep.RESULTS.with_name("rivals.json")
+    script.write_atomically(path, lambda temporary: temporary.write_text(json.dumps(found, indent=1) + "\n"))
+    print(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -34,8 +34,9 @@ RESULTS, CPU = ROOT / "experiments/results/sweep.json", torch.device("cpu")
 DEFAULT = dict(base=0, width=script.WIDTH, method="tail+adamw", variant="", tau=0.9, tail=256, lr=6e-4, max_angle=90.0,
                scope="global", batch=32, steps=200, seed=0)
 BASES, RATES = (0, 1, 2), (2e-4, 4e-4, 6e-4, 8e-4, 1.2e-3, 1.6e-3, 2.4e-3, 3.2e-3)
+CENTRE, DOUBLED = (4e-4, 6e-4, 8e-4, 1.2e-3), (4e-4, 8e-4, 1.6e-3)
 TAUS = (0.01, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
-FOUR = ("full+adamw", "full+moclip", "tail+adamw", "tail+moclip")
+FOUR, REPLAY = ("full+adamw", "full+moclip", "tail+adamw", "tail+moclip"), ("replay+adamw", "replay+moclip")
 RIVALS = ("head frozen", "head rows of the batch", "mixed", "KL to base", "matched norm", "torque-aware")
 
 
@@ -46,26 +47,36 @@ def grid():
         values = [x if isinstance(x, (tuple, list)) else (x,) for x in lists.values()]
         return [{**DEFAULT, **dict(zip(lists, combination))} for combination in itertools.product(*values)]
 
-    sizes = (0, 16, 64, 256, 1024, script.V)
+    sizes, six = (0, 16, 64, 256, 1024, script.V), script.METHODS
     return {
-        "main": runs(method=("full+adamw", "tail+adamw", "tail+moclip"), lr=RATES)
-        + runs(method=("full+moclip", "replay+adamw", "replay+moclip"), lr=RATES),
-        "tau": runs(method=("tail+adamw", "replay+adamw"), tau=TAUS),
-        "record": runs(tail=sizes, tau=(0.01, 0.9)) + runs(tail=sizes[1:], variant="gold only"),
-        "controls": runs(variant=("uniform only", "frozen sum")) + runs(variant="uniform only", tail=1024),
-        "rivals": [run for variant in RIVALS for run in runs(method="full+adamw", variant=variant, lr=RATES)],
-        "main, seed 1": runs(seed=1, method=script.METHODS, lr=RATES),
-        "recorded late": runs(method="replay+adamw", tau=0.98, lr=RATES,
+        "main": runs(method=six, lr=RATES),
+        "main, seed 1": runs(seed=1, method=FOUR, lr=(6e-4, 8e-4)) + runs(seed=1, method="replay+adamw", lr=4e-4)
+        + runs(seed=1, method="replay+moclip", lr=2e-4) + runs(seed=1, method="full+adamw", lr=(4e-4, 2.4e-3)),
+        "rivals": [run for variant in RIVALS for run in runs(method="full+adamw", variant=variant, lr=(6e-4, 8e-4))]
+        + runs(method="tail+adamw", variant=("KL to base", "mixed"), lr=(6e-4, 8e-4)),
+        "record": runs(tail=(0, 16, 256), tau=(0.01, 0.9)) + runs(tail=(16, 256), variant="gold only"),
+        "cap": runs(method=("tail+moclip", "full+moclip"), max_angle=(60.0, 90.0, 180.0))
+        + runs(method="tail+moclip", batch=8, max_angle=(60.0, 90.0, 180.0)),
+        "tau": runs(method=("tail+adamw", "replay+adamw"), tau=(0.9, 0.95, 0.99)),
+        # on one base
+        "batch": [run for batch, steps in ((128, 100), (8, 200)) for variant, method in
+                  (("", ("full+adamw", "tail+adamw", "tail+moclip")), ("gold only", "tail+adamw"))
+                  for run in runs(method=method, variant=variant, batch=batch, steps=steps, lr=DOUBLED, base=0)]
+        + runs(variant="gold only", lr=8e-4, base=0),
+        "controls": runs(variant=("uniform only", "frozen sum"), base=0)
+        + runs(variant="uniform only", tail=1024, base=0),
+        "recorded late": runs(method="replay+adamw", tau=0.98, lr=4e-4, base=0,
                               variant=("", "recorded at 40", "recorded every epoch")),
-        "cap": runs(method=("tail+moclip", "full+moclip"), batch=(8, 32), max_angle=(60.0, 90.0, 180.0)),
-        "batch": runs(method=("full+adamw", "tail+adamw", "tail+moclip"), batch=8, lr=RATES)
-        + runs(method=("full+adamw", "tail+adamw", "tail+moclip"), batch=128, steps=100, lr=RATES),
-        "stability": runs(method=FOUR, variant=("bfloat16", "spikes")) + runs(method=FOUR, lr=1.28e-2),
-        "scope": runs(method="tail+moclip", scope=("global", "tensor")),
+        "stability": runs(method=FOUR, variant=("bfloat16", "spikes"), base=0) + runs(method=FOUR, lr=1.28e-2, base=0),
+        "rivals by rate": [run for variant in RIVALS for run in
+                           runs(method="full+adamw", variant=variant, lr=(*CENTRE, 1.6e-3), base=0)]
+        + runs(method="full+adamw", variant=("head frozen", "head rows of the batch"), lr=RATES, base=0),
+        "record by size": runs(tail=sizes, tau=(0.01, 0.9), base=0) + runs(tail=sizes[1:], variant="gold only", base=0),
+        "tau, all": runs(method=("tail+adamw", "replay+adamw"), tau=TAUS, base=0),
+        "scope": runs(method="tail+moclip", scope=("global", "tensor"), base=0),
         "size": [run for width in (96, 384) for run in runs(method=("full+adamw", "tail+adamw", "tail+moclip"),
-                                                            width=width, lr=RATES, base=0)],
+                                                            width=width, lr=DOUBLED, base=0)],
     }
-
 
 def name_of(settings):
     return json.dumps(settings, sort_keys=True)
