@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_small as script  # noqa: E402  (its folder is on the path only now)
 from logits_replay import ReplayRecord, outside_mass  # noqa: E402
+from rivals import gold_record  # noqa: E402
 
 try:
     import accelerate  # noqa: F401  (the Trainer needs it)
@@ -86,8 +87,7 @@ class ReplayTrainer(transformers.Trainer):
 def record_shards(model, tokens, targets, tau, device):
     """Stage 0: every process records its contiguous share of the corpus; `concat` joins them in order."""
     if tau == 0:
-        gold = targets[targets != script.IGNORE].int()
-        return ReplayRecord(gold, torch.arange(len(gold) + 1), torch.zeros(len(gold)), len(model.embedding.weight), 1.0)
+        return gold_record(targets[targets != script.IGNORE], len(model.embedding.weight))
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
     mine = script.stage0(model, tokens.tensor_split(world)[rank],

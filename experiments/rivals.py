@@ -135,10 +135,15 @@ def torque_aware(c):
     return None, TorqueAdamW(c.model.parameters(), c.args.lr)
 
 
+def gold_record(gold, V):
+    """What is recorded without a Stage 0: S_t = {y_t}. Its outside mass is not known, and 0 here."""
+    return ReplayRecord(gold.int(), torch.arange(len(gold) + 1), torch.zeros(len(gold)), V, 1.0)
+
+
 def gold_only(c):
-    """No record at all: S_t = {y_t}, and the tail. No Stage 0."""
+    """No record at all: {y_t}, and the tail. No Stage 0."""
     def score(hidden, head, gold, rows):
-        record = ReplayRecord(gold.int(), torch.arange(len(gold) + 1), torch.zeros(len(gold)), len(head), 1.0)
+        record = gold_record(gold, len(head))
         tail = sample_tail(gold, len(head), c.args.tail, generator=c.generator)
         return linear_replay_cross_entropy(hidden, head, gold, record, tail=tail)
     return score, None

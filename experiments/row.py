@@ -40,11 +40,10 @@ def main():
         return torch.cat(sums)
 
     parts, trained = {"base": probabilities(base.model)}, {}
-    args = SimpleNamespace(lr=s.lr, max_angle=s.max_angle, steps=s.steps, batch=s.batch, tau=s.tau, tail=s.tail)
     for method in ("replay+adamw", "tail+adamw"):
         trained[method] = script.Model()
         trained[method].load_state_dict(base.model.state_dict())
-        script.finetune(trained[method], method, base.data.domain_train, record, lambda *_: 0.0, args, s.seed, CPU)
+        script.finetune(trained[method], method, base.data.domain_train, record, lambda *_: 0.0, s, s.seed, CPU)
         parts[method] = probabilities(trained[method])
     before, after = outside(parts["base"]), outside(parts["replay+adamw"])
     p_gold = torch.cat(parts["base"])[torch.arange(len(gold)), gold]

@@ -151,8 +151,7 @@ def run(settings):
         base.records[s.tau] = script.stage0(base.model, *base.data.domain_train, s.tau, CPU)
     model, record = script.Model(), base.records[s.tau]
     model.load_state_dict(base.model.state_dict())
-    args = SimpleNamespace(lr=s.lr, max_angle=s.max_angle, steps=s.steps, batch=s.batch, tau=s.tau, tail=s.tail)
-    c = SimpleNamespace(model=model, base=base.model, data=base.data, record=record, args=args, method=s.method,
+    c = SimpleNamespace(model=model, base=base.model, data=base.data, record=record, args=s, method=s.method,
                         seed=s.seed, generator=torch.Generator().manual_seed(2**31 + s.seed))
     score, optimizer = rivals.VARIANTS[s.variant](c)
     score, losses, angles = score or rivals.own(c), [], []
@@ -162,12 +161,12 @@ def run(settings):
         losses.append(loss.item())
         return loss
 
-    optimizer = optimizer or script.make_optimizer(s.method, model.parameters(), args)
+    optimizer = optimizer or script.make_optimizer(s.method, model.parameters(), s)
     if "moclip" in s.method:
         optimizer.param_groups[0]["scope"] = s.scope
         optimizer.register_step_post_hook(lambda *_: angles.append(math.degrees(optimizer.last_angle.mean())))
     probe = script.outside_mass_probe(*base.data.domain_train, CPU)
-    out = script.finetune(model, s.method, base.data.domain_train, record, probe, args, s.seed, CPU, logged, optimizer)
+    out = script.finetune(model, s.method, base.data.domain_train, record, probe, s, s.seed, CPU, logged, optimizer)
     model.float()
     out |= measured(model, base) | head_moved(model, base)
     out |= {"spikes": spikes(losses), "seconds": time.time() - start}

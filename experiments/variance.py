@@ -23,7 +23,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import sweep  # noqa: E402  (its folder is on the path only now)
-from logits_replay import ReplayRecord, linear_replay_cross_entropy, sample_tail  # noqa: E402
+from logits_replay import linear_replay_cross_entropy, sample_tail  # noqa: E402
+from rivals import gold_record  # noqa: E402
 from sweep import CPU, DEFAULT, script  # noqa: E402
 
 DRAWS, BATCHES = 32, 2
@@ -39,8 +40,8 @@ def measure(model, data, record, size, batch):
     generator, found = torch.Generator().manual_seed(0), []
     for examples, _ in zip(script.domain_batches(targets, batch, 0), range(BATCHES)):
         hidden, gold = script.scored_hidden(model, tokens[examples], targets[examples], CPU)
-        mine = (ReplayRecord(gold.int(), torch.arange(len(gold) + 1), torch.zeros(len(gold)), script.V, 1.0)
-                if record is None else record.select(row_of[examples][targets[examples] != script.IGNORE]))
+        rows = row_of[examples][targets[examples] != script.IGNORE]
+        mine = gold_record(gold, script.V) if record is None else record.select(rows)
 
         def gradients(loss):
             grads = torch.autograd.grad(loss, [head, *body], retain_graph=True)
@@ -68,8 +69,7 @@ def main():
                                      (("top 1 and gold", 0.01), ("tau = 0.9", 0.9), ("tau = 0.98", 0.98))}
     trained = script.Model()
     trained.load_state_dict(base.model.state_dict())
-    args = SimpleNamespace(lr=s.lr, max_angle=s.max_angle, steps=s.steps, batch=s.batch, tau=s.tau, tail=s.tail)
-    script.finetune(trained, "tail+adamw", data, records["tau = 0.9"], lambda *_: 0.0, args, s.seed, CPU)
+    script.finetune(trained, "tail+adamw", data, records["tau = 0.9"], lambda *_: 0.0, s, s.seed, CPU)
     rows = [{"model": name, "batch": batch, "record": record, "tail": tail,
              **measure(model.eval(), data, records[record], tail, batch)}
             for name, model in (("before training", base.model), ("after it", trained))
