@@ -94,8 +94,10 @@ class ReplayRecord:
         """The rows at `positions` (integers in [0, N)), in the order asked for, repeats allowed."""
         positions = _check_positions(positions, self)
         sizes = self.subset_sizes[positions]
-        return ReplayRecord(self.token_ids[_ranges(self.offsets[positions], sizes)], _offsets(sizes),
-                            self.outside_mass[positions], self.vocab_size, self.tau)
+        offsets = _offsets(sizes)
+        moved = (self.offsets[positions] - offsets[:-1]).repeat_interleave(sizes)  # from a token's new place to its old
+        token_ids = self.token_ids[torch.arange(len(moved), device=moved.device) + moved]
+        return ReplayRecord(token_ids, offsets, self.outside_mass[positions], self.vocab_size, self.tau)
 
     def to(self, device) -> "ReplayRecord":
         return ReplayRecord(self.token_ids.to(device), self.offsets.to(device), self.outside_mass.to(device),
@@ -127,7 +129,7 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
 
     Tokens are ranked by probability, descending, equal probabilities by id, ascending: S_t is unique. p is the float32
     softmax (float64 for float64 logits), the running sum float64. tau = 1 takes every token that is needed for the
-    rounded sum to reach 1, all V if it never does. Nothing caps K_t but `max_size`.
+    rounded sum to reach 1, all V if it never does.
 
     logits: (..., V), finite, any floating dtype.   target: (...), integers in [0, V) or ignore_index.
     tau: in (0, 1].   max_size: if given, an explicit cap >= 1 on |S_t|, gold included, whatever tau asks for.
@@ -138,19 +140,21 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
     (N, V), device = logits.shape, logits.device
     if device.type == "mps":  # it has no float64 for the running sum
         return record_topk(logits.cpu(), target.cpu(), tau, max_size=max_size, ignore_index=ignore_index).to(device)
-    token_ids, sizes, rho = [], torch.zeros(N, dtype=torch.int64, device=device), torch.zeros(N, device=device)
+    token_ids, sizes = [], torch.zeros(N, dtype=torch.int64, device=device)
+    rho = torch.zeros(N, dtype=torch.float32, device=device)
     # a few rows at a time: on a CPU a million logits, which its cache holds, elsewhere enough to keep it busy
-    for t in torch.arange(N, device=device).split(2**(20 if device.type == "cpu" else 26) // V + 1):
-        scored = target[t] != ignore_index
-        z, t = (logits[t[0]:t[-1] + 1], t) if scored.all() else (logits[t[scored]], t[scored])
+    n = 2**(20 if device.type == "cpu" else 26) // V + 1
+    for t, z, y in zip(torch.arange(N, device=device).split(n), logits.split(n), target.split(n)):
+        scored = y != ignore_index
+        if not scored.all():
+            t, z, y = t[scored], z[scored], y[scored]
         p = z.softmax(1, dtype=_wide_dtype(logits))
         # S_t of these rows, as (row, token) pairs in order: sort p, keep the first K whose sum is >= tau, add gold;
         # the four lines at the top, made fast in _cover, below
-        row, token, rho[t] = _cover(p, target[t, None], tau, max_size)
+        row, token, rho[t] = _cover(p, y[:, None], tau, max_size)
         token_ids.append(token.int())
         sizes[t] = row.bincount(minlength=len(t))
-    token_ids = torch.cat([torch.empty(0, dtype=torch.int32, device=device), *token_ids])
-    return ReplayRecord(token_ids, _offsets(sizes), rho, V, float(tau))
+    return ReplayRecord(torch.cat(token_ids), _offsets(sizes), rho, V, float(tau))
 
 
 # ------------------------------------------------------------------------------------------------------------- Stage 1
@@ -168,7 +172,7 @@ def replay_cross_entropy(logits: Tensor, target: Tensor, record: ReplayRecord, *
     outside mass down (R7). With a `Tail`, see `sample_tail`, something does (R9).
     Raises ValueError for non-finite logits, a target outside [0, V) or not in its recorded row, N or V that disagree,
     a tail whose ids leave [0, V) or do not ascend, whose weights are not finite, or that is on another device.
-    Source: arXiv:2510.09152, abstract (Stage 1, "exact renormalized losses"); the tail is this project's.
+    Source: arXiv:2510.09152, abstract (Stage 1, "exact renormalized losses").
 
     >>> logits, target = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
     >>> record = record_topk(logits, target, tau=0.9)                    # keeps tokens 0 and 1
@@ -181,7 +185,7 @@ def replay_cross_entropy(logits: Tensor, target: Tensor, record: ReplayRecord, *
     flat = _flat_logits(logits)
     _check_fit("logits", *flat.shape, record)
     y, dtype = _flat_target(target, record.vocab_size, ignore_index, tail), _wide_dtype(flat)
-    z = flat[record.rows, record.token_ids.long()].to(dtype)
+    z = flat[record.rows, record.token_ids].to(dtype)
     z_tail = None if tail is None else flat[:, tail.token_ids].to(dtype)
     return _reduce(_nll(z, z_tail, y, record, tail, ignore_index), y != ignore_index, target.shape, reduction)
 
@@ -194,10 +198,10 @@ def linear_replay_cross_entropy(input: Tensor, linear_weight: Tensor, target: Te
 
     Mirrors `F.linear_cross_entropy`: input (..., d), linear_weight (V, d), target (...), linear_bias (V,) or None.
     O(nnz d) operations instead of O(N V d) (THEORY.md R8), and O(N M d) for a tail: one dense product for all rows.
-    float16 and bfloat16 are accumulated, and the loss returned, in float32, under autocast too. Uses
+    float16 and bfloat16 are accumulated, and their loss returned, in float32, under autocast too. Uses
     `torch.sparse.sampled_addmm` on CPU and CUDA, which have it, and gathers rows elsewhere.
-    Raises ValueError as `replay_cross_entropy` does.
-    Source: arXiv:2510.09152, abstract ("avoiding full softmax computation"); the tail is this project's.
+    Raises ValueError as `replay_cross_entropy` does, for those non-finite logits that it computes.
+    Source: arXiv:2510.09152, abstract ("avoiding full softmax computation").
 
     >>> h, W, y = torch.randn(5, 8), torch.randn(100, 8), torch.arange(5)
     >>> record = record_topk(h @ W.T, y, tau=0.9)
@@ -249,7 +253,7 @@ class Tail(NamedTuple):
     """Tokens R that every position scores beside its recorded ones, each with weight w = 1 / inclusion probability.
 
     token_ids   (M,) int64          ascending, no duplicates, in [0, V)
-    log_weight  (M,) floating point log w_j
+    log_weight  (M,) floating point; log w_j
     """
 
     token_ids: Tensor
@@ -285,11 +289,11 @@ def sample_tail(target: Tensor, vocab_size: int, size: int, *, ignore_index=-100
     drawn = others[torch.randperm(len(others), generator=generator, device=device)[:size].to(target.device)]
     token_ids = torch.cat([is_gold.nonzero()[:, 0], drawn]).sort().values
     log_weight = math.log(len(others) / len(drawn)) if len(drawn) else 0.0
-    return Tail(token_ids, torch.where(is_gold[token_ids], 0.0, log_weight).float())
+    return Tail(token_ids, torch.full_like(token_ids, log_weight, dtype=torch.float32).where(~is_gold[token_ids], 0))
 
 
 def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:
-    """The probability outside each recorded subset, under these logits (the record's field: the recording model's).
+    """The probability outside each recorded subset, under these logits (its field `outside_mass`: at recording time).
 
         rho_t = sum of softmax(z_t)_j over j not in S_t
 
@@ -304,8 +308,8 @@ def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:
     flat = _flat_logits(logits)
     _check_fit("logits", *flat.shape, record)
     p = flat.softmax(1, dtype=_wide_dtype(flat))
-    inside = (record.rows, record.token_ids.long())
-    return p.index_put(inside, p.new_zeros(())).sum(1).clamp(max=1) * (record.subset_sizes > 0)
+    p = p.index_put((record.rows, record.token_ids), p.new_zeros(()))
+    return p.sum(1).clamp(max=1) * (record.subset_sizes > 0)
 
 
 # ------------------------------------------------- a learner may stop here: below are fast paths, checks and the file
@@ -313,12 +317,6 @@ def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:
 def _offsets(sizes: Tensor) -> Tensor:
     """(n,) sizes of rows -> (n + 1,), where each starts and the last one ends."""
     return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-
-
-def _ranges(starts: Tensor, sizes: Tensor) -> Tensor:
-    """The indices of the ranges [starts_t, starts_t + sizes_t), one range after the other: (sum of sizes,)."""
-    offsets = _offsets(sizes)
-    return (starts - offsets[:-1]).repeat_interleave(sizes) + torch.arange(int(offsets[-1]), device=sizes.device)
 
 
 def _wide_dtype(*tensors: Tensor) -> torch.dtype:
@@ -427,7 +425,7 @@ def _gathered_logits(h: Tensor, W: Tensor, rows: Tensor, offsets: Tensor, ids: T
 
 
 def _csr(offsets: Tensor, ids: Tensor, values: Tensor, size) -> Tensor:
-    """The sparse matrix with these rows; `device`, since a default device would go before that of the values."""
+    """The sparse matrix with these rows; `device` is given because a default device would override the values'."""
     return torch.sparse_csr_tensor(offsets, ids, values, size, device=values.device, check_invariants=False)
 
 
@@ -435,7 +433,7 @@ class _SampledLogits(torch.autograd.Function):
     """The same by `sampled_addmm`: nnz d multiplications, forward and backward, beside the tail's N M d.
 
     `sampled_addmm` has its own backward; this one does the same two products without its copies, in half the time, and
-    adds the tail's part of dL/dW to theirs in place, where autograd would make a second dense (V, d) gradient.
+    adds the tail's part of dL/dW to that result in place, where autograd would make a second dense (V, d) gradient.
     """
 
     @staticmethod
@@ -569,7 +567,7 @@ def _tail_rules(tail: Tail, vocab_size: int, device) -> list:
 
 def _flat_logits(logits: Tensor) -> Tensor:
     """(N, V); ValueError for a row that is not finite."""
-    if not logits.is_floating_point() or logits.dim() == 0:
+    if not logits.is_floating_point() or not logits.dim() or not logits.shape[-1]:
         raise ValueError(f"logits must be floating point of shape (..., V), got {logits.dtype} {tuple(logits.shape)}")
     logits = logits.reshape(-1, logits.shape[-1])
     ok = logits.detach().sum(1).isfinite()  # fast; but finite terms can have an infinite sum, so look closer there
@@ -587,6 +585,8 @@ def _check_finite(z: Tensor, z_tail, rows: Tensor) -> None:
 
 
 def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias, target: Tensor) -> None:
+    if not input.dim():
+        raise ValueError("input must have shape (..., d), got a number")
     _check_shapes("input", input.shape[:-1], target)
     if linear_weight.dim() != 2 or input.shape[-1:] != linear_weight.shape[1:]:
         raise ValueError(f"linear_weight must have shape (V, {input.shape[-1]}), got {tuple(linear_weight.shape)}")

@@ -20,9 +20,9 @@ The optimizer of *Logits Replay + MoClip* (Qiu, Li, Zhou, Huang, Qiu, Sun; arXiv
          \     /             theta > Delta and g opposite to m, sin(theta) <= sqrt(eps) of the dtype: they span
           +----------> m     no plane; g~ = g, and m restarts at zero.
 
-Angles are radians throughout. The published summary of the paper gives no formula for the rotation, the scope of
-the angle, or the antiparallel case; what is chosen here, and why, stands where it happens and in README.md.
-What the choices guarantee is stated and proved in THEORY.md (M1 to M11).
+Angles are radians throughout. The published summary of the paper gives no formula for the rotation, its scope, or the
+antiparallel case; what is chosen here, and why, stands where it happens and in README.md, what that guarantees in
+THEORY.md (M1 to M11).
 Not here: fused kernels, AMSGrad, `maximize`, sparse or complex gradients.
 """
 
@@ -90,8 +90,8 @@ class MoClip(torch.optim.Optimizer):
 
     Everything after the first two lines is Adam-atan2 (Everett et al., arXiv:2407.05872, section 4.3); the cap is
     arXiv:2510.09152's. a = 4/pi and b = 1 make a step with m = sqrt(v) exactly lr, as in Adam, and no coordinate ever
-    moves by more than lr a pi/2 = 2 lr, decay apart (M4; 1.826 lr at the default betas). Scaling the loss by a constant
-    changes nothing (M5), so Adam's epsilon in the denominator is not needed: atan2(0, 0) = 0.
+    moves by more than lr a pi/2 = 2 lr, decay apart (M4; 1.826 lr at the default betas). atan2(0, 0) = 0, so Adam's
+    epsilon in the denominator is not needed, and without it scaling the loss by a constant changes nothing (M5).
 
     Args:
         params: parameters or parameter groups; every option below but `scope` may differ between groups
@@ -124,7 +124,7 @@ class MoClip(torch.optim.Optimizer):
                  a=4 / math.pi, b=1.0, weight_decay=0.0, scope="global"):
         super().__init__(params, dict(lr=lr, betas=betas, max_angle=max_angle, a=a, b=b,
                                       weight_decay=weight_decay, scope=scope))
-        self._report = {}
+        self._report = {}  # not attributes: torch.compile drops those that a compiled step assigns
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -157,7 +157,7 @@ class MoClip(torch.optim.Optimizer):
         theta, ratio = _angle(grads, momenta)  # ratio = |g|/|m|
         eps = max(torch.finfo(x.dtype).eps for x in (*grads, *momenta))  # the coarsest decides, see _rotation
         A, B, clipped, antiparallel = _rotation(theta, entries[0][0]["max_angle"], eps)
-        turn, kept = B * ratio, torch.where(antiparallel, torch.zeros_like(theta), 1)
+        turn, kept = B * ratio, (~antiparallel).to(theta.dtype)
         for (group, p), g, m in zip(entries, grads, momenta):
             (beta1, beta2), lr, a, b = group["betas"], group["lr"], group["a"], group["b"]
             state, v = self.state[p], self.state[p]["exp_avg_sq"]
@@ -229,20 +229,20 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _largest(x: Tensor) -> Tensor:
-    """max |x_i|, 0-dim; 1 for a zero or empty vector. For vectors whose squares, of 1e-30 or 1e30, float32 lacks."""
+    """max |x_i|, 0-dim; 1 for a zero or empty vector. Divided by it, entries of 1e-30 or 1e30 have float32 squares."""
     largest = x.abs().amax() if x.numel() else x.new_zeros(())
     return torch.where(largest > 0, largest, 1)
 
 
 def _total(terms) -> Tensor:
-    """The sum of 0-dim tensors, in float64: products and ratios of squared float32 norms leave the range of float32."""
+    """The sum of 0-dim tensors, as float64: products and ratios of squared norms leave the range of float32."""
     total = sum(terms)
     return total if total.device.type == "mps" else total.double()  # MPS has no float64
 
 
 def _angle(grads, momenta):
     """(theta, |g|/|m|), 0-dim, of g and m in pieces: lists of tensors, grads[k] shaped as momenta[k]. (0, 0) if one
-    is zero or beyond the square root of the dtype's range, where v = g^2 is lost as well.
+    is zero or its square not a normal number of the dtype (1e-38 to 1e38 for float32), where v = g^2 is lost, too.
 
         g = along m + rest, rest orthogonal to m:   theta = atan2(|rest|, along |m|),   |g|^2 = |rest|^2 + along^2 |m|^2
     """
@@ -253,7 +253,9 @@ def _angle(grads, momenta):
     rest_squared = _total(g.addcmul(m, along, value=-1).square_().sum() for g, m in zip(grads, momenta))
     across = rest_squared / mm  # |rest|^2 in units of |m|^2, as along is <g, m> in the same units
     ratio = (across + along * along).sqrt()
-    ratio = torch.where(ratio.isfinite(), ratio, 0)  # m = 0 gives 0/0
+    # m = 0 gives 0/0; the squares of a tiny vector lose their digits, and then its part across m, or all of it
+    tiny = max(torch.finfo(m.dtype).tiny for m in momenta)
+    ratio = torch.where(ratio.isfinite() & (mm >= tiny) & (ratio * ratio * mm >= tiny), ratio, 0)
     # arccos(<g, m> / |g||m|) would lose half of the digits near 0 and near pi
     return torch.where(ratio > 0, torch.atan2(across.sqrt(), along), 0), ratio
 
@@ -263,8 +265,8 @@ def _rotation(theta: Tensor, max_angle: float, eps: float):
 
     In the plane of g and m the unit vector at angle Delta from m is the spherical interpolation
         g~/|g| = (sin(Delta) g/|g| + sin(theta - Delta) m/|m|) / sin(theta),
-    which equals cos(Delta) m/|m| + sin(Delta) u, u as in `clip_angle`. Antiparallel: beyond pi/2, sin(theta) <=
-    sqrt(eps), eps the machine epsilon; of u's digits less than half survive the subtraction g - <g, m/|m|> m/|m|.
+    which equals cos(Delta) m/|m| + sin(Delta) n, n as in `clip_angle`. Antiparallel: beyond pi/2, sin(theta) <=
+    sqrt(eps), eps the machine epsilon; of n's digits less than half survive the subtraction g - <g, m/|m|> m/|m|.
     """
     clipped = theta > max_angle
     antiparallel = clipped & (theta > math.pi / 2) & (theta.sin() <= math.sqrt(eps))

@@ -9,8 +9,8 @@ Nothing is downloaded. The method comes first: 1 Stage 0, 2 Stage 1, 3 evaluatio
 domain is questions to SQL over a small telecom database; what counts is whether the generated SQL, run on the database,
 returns the right rows. The base has seen prose, and SQL over other, random schemas: it knows SQL, not this database.
 
-Six methods: a loss ("full": all V tokens; "replay": the recorded subset S_t; "tail": S_t and a random sample of the
-other tokens) and an optimizer (AdamW, MoClip). All start from one base; all records come from one Stage 0 under it.
+Six methods: a loss ("full": all V tokens; "replay": the recorded subset S_t; "tail": S_t, the golds of the batch and a
+random sample) and an optimizer (AdamW, MoClip). All start from one base; all records come from one Stage 0 under it.
 
 Shapes: M examples, B of them a batch, of T tokens; their scored positions, in row-major order, are the N rows of
 hidden states and of the record; d = width, V = vocabulary size.
@@ -124,13 +124,11 @@ def finetune(model, method, data, record, probe, args, seed, device, score=None,
     if given, replace what `scorer` and `make_optimizer` make of the method's name.
     """
     (tokens, targets), head, watch = data, model.embedding.weight, Stopwatch(device)
-    if score is None:
-        # CPU generators use 32 bits of their seed: the upper half is for the tail, the lower half for the batches
-        score = scorer(method, record, args, torch.Generator(device).manual_seed(2**31 + seed))
-    if optimizer is None:
-        optimizer = make_optimizer(method, model.parameters(), args)
+    # CPU generators use 32 bits of their seed: the upper half is for the tail, the lower half for the batches
+    generator = torch.Generator(device).manual_seed(2**31 + seed)
+    score = watch.head(score or scorer(method, record, args, generator))
+    optimizer = optimizer or make_optimizer(method, model.parameters(), args)
     schedule = warmup_then_linear(optimizer, args.steps)
-    score = watch.head(score)
     row_of, outside, angles, clipped = record_rows(targets), [], [], []
     model.train()
     bar = tqdm(range(args.steps), f"Stage 1: {method}, seed {seed}", disable=None)
@@ -163,7 +161,7 @@ def record_rows(targets):
 
 
 def domain_batches(targets, size, seed):
-    """Batches of example numbers: an epoch is shuffled, then alike in length within 8 batches: little is padding."""
+    """Batches of example numbers: an epoch is shuffled, then sorted by length within 8 batches: little is padding."""
     generator = torch.Generator().manual_seed(seed)
     lengths = targets.shape[1] - (targets != IGNORE).flip(1).int().argmax(1)
     while True:

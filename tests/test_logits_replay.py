@@ -602,6 +602,7 @@ def test_a_tail_token_whose_logit_is_not_finite_is_refused_by_row():
     (dict(target=torch.tensor([2j, 1, 0])), "target must hold integers"),
     (dict(target=torch.tensor([2, 1])), "logits of leading shape"),
     (dict(logits=torch.tensor(1.0), target=torch.tensor(0)), r"logits must be floating point of shape \(\.\.\., V\)"),
+    (dict(logits=torch.zeros(3, 0)), r"logits must be floating point of shape \(\.\.\., V\)"),
     (dict(logits=torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.0, math.inf, 0.0, 0.0], [0.0] * 4])),
      r"logits must be finite \(row 1\)"),
     (dict(logits=torch.tensor([[0.0] * 4, [0.0] * 4, [0.0, -math.inf, 0.0, 0.0]])), r"logits must be finite \(row 2\)"),
@@ -645,6 +646,8 @@ def test_bad_shapes_to_the_linear_form_and_to_outside_mass():
     for h, target in ((Z, Y), (Z[:2, None], Y[:2, None])):
         with pytest.raises(ValueError, match=r"^linear_weight must have shape \(V, 4\)"):
             linear_replay_cross_entropy(h, torch.eye(3), target, RECORD)
+    with pytest.raises(ValueError, match=r"^input must have shape \(\.\.\., d\)"):
+        linear_replay_cross_entropy(torch.tensor(1.0), torch.eye(4), torch.tensor(0), RECORD)
     with pytest.raises(ValueError, match=r"linear_bias must have shape \(4,\)"):
         linear_replay_cross_entropy(Z, torch.eye(4), Y, RECORD, linear_bias=torch.zeros(3))
     for logits, message in ((Z[:2], "logits of N = 2"), (Z[:, :3], "logits of N = 3 positions and V = 3"),
@@ -723,7 +726,8 @@ def same(a, b):
     return all(torch.equal(torch.as_tensor(getattr(a, name)), torch.as_tensor(getattr(b, name))) for name in FIELDS)
 
 
-def test_everything_stays_on_the_device_of_its_input_whatever_the_default_device_is(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_default_device_and_dtype_change_nothing(dtype, tmp_path):
     torch.manual_seed(0)
     h, W, bias, y = torch.randn(6, 8), torch.randn(400, 8), torch.randn(400), torch.randint(400, (6,))
 
@@ -741,9 +745,22 @@ def test_everything_stays_on_the_device_of_its_input_whatever_the_default_device
                 *torch.autograd.grad(sum(losses), leaves), record_topk(0 * h @ W.T, y, 0.9).offsets]
 
     expected = everything_there_is()
-    with torch.device("meta"):
-        found = everything_there_is()
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device("meta"):
+            found = everything_there_is()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_no_position_at_all_is_an_empty_record():
+    h, W, y = torch.zeros(0, 3), torch.ones(5, 3), torch.zeros(0, dtype=torch.int64)
+    record = record_topk(h @ W.T, y, 0.9)
+    assert len(record) == len(record.token_ids) == 0 and len(outside_mass(h @ W.T, record)) == 0
+    for tail in None, sample_tail(y, 5, 2):
+        assert linear_replay_cross_entropy(h, W, y, record, tail=tail, reduction="sum") == 0
+        assert replay_cross_entropy(h @ W.T, y, record, tail=tail, reduction="none").shape == (0,)
 
 
 @given(logits_and_targets())

@@ -214,6 +214,17 @@ def test_the_first_step_reports_no_angle_and_moves_by_lr():
     assert torch.equal(w, torch.tensor([0.875, 2.125])) and optimizer.last_angle == 0 and not optimizer.last_clipped
 
 
+@pytest.mark.parametrize("size_g, size_m, seen", [(1e-18, 1.0, True), (1e-25, 1.0, False), (1.0, 1e-22, False)])
+def test_a_vector_whose_square_float32_lacks_has_no_angle_and_restarts_nothing(size_g, size_m, seen):
+    w = torch.nn.Parameter(torch.zeros(2))
+    optimizer = MoClip([w], betas=(0.5, 0.9), max_angle=1.0)
+    for g in torch.tensor([2 * size_m, 0.0]), torch.tensor([-size_g, 2 * size_g]):
+        m, w.grad = size_m * torch.tensor([1.0, 0.0]), g
+        optimizer.step()
+    assert optimizer.last_angle.item() == pytest.approx(math.atan2(2, -1) * seen, abs=8 * EPS32)
+    assert optimizer.last_clipped == seen and (seen or torch.equal(optimizer.state[w]["exp_avg"], (m + g) / 2))
+
+
 @pytest.mark.parametrize("dtype, state_dtype", [
     (torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
 def test_state_is_adams_and_wide(dtype, state_dtype):
