@@ -103,23 +103,24 @@ def advise(vocab, width, layers, epochs, batch, parameters=None, record=None, an
     """Lines of advice: "From your numbers to settings" of THEORY.md, with the numbers put in."""
     share = vocab * width / (parameters or vocab * width + 12 * layers * width**2)
     yield f"head share: s = {share:.1%} of the operations{'' if parameters else ', at 12 d^2 parameters a layer'} (R8)"
-    kappa = 0.0  # at best
+    kappa = 1 / 50  # the tail's, and the record's, if it is known
     yield (f"tail: V/50 = {vocab // 50} tokens beside the golds of the batch, from the first step on: rho rises within"
-           f" tens of steps; {share / 50:.1%} of all operations (R7, R9)")
+           f" tens of steps; {share / 50:.1%} of all operations, and the golds' part (R7, R9)")
     if record is None:
-        yield (f"tau: 0.9 with that tail; without one 0.98, and higher while the mean subset stays below V/10 ="
-               f" {vocab // 10} tokens (R1, R3)")
+        yield (f"tau: 0.9 with that tail; without one expect to lose accuracy, and start at 0.98: higher while the mean"
+               f" subset stays below V/10 = {vocab // 10} tokens (R1, R3, R7)")
     else:
         if record.vocab_size != vocab:
             raise ValueError(f"the record is one of vocab_size {record.vocab_size}, not of {vocab}")
         scored = record.subset_sizes > 0  # an ignored position has an empty row
-        kappa, rho = (x[scored].double().mean().item() for x in (record.subset_sizes / vocab, record.outside_mass))
-        room = "there is room for a larger tau" if kappa < 0.1 else "a smaller tau would make it cheaper"
-        yield (f"tau: {record.tau:g} keeps {kappa * vocab:.0f} tokens a row, kappa = {kappa:.2%} of the dense head:"
+        part, rho = (x[scored].double().mean().item() for x in (record.subset_sizes / vocab, record.outside_mass))
+        room = "there is room for a larger tau" if part < 0.1 else "a smaller tau would make it cheaper"
+        yield (f"tau: {record.tau:g} keeps {part * vocab:.0f} tokens a row, {part:.2%} of the dense head:"
                f" {room} (R8); the gradient's bias was {2 * rho:.4f} when it was recorded (R3)")
+        kappa += part
     saved, one = share * (1 - kappa), 1 / (3 * epochs)  # by replay in all epochs; by one Stage 0, lost
     yield (f"recordings: {math.floor(saved / one)} at most pay for themselves; one saves {saved - one:.1%} of all"
-           f" operations, one at every epoch {saved - 1 / 3:.1%} (R8{'' if record else '; kappa = 0'})")
+           f" operations, one at every epoch {saved - 1 / 3:.1%} (R8 at kappa = {kappa:.1%})")
     cap = 90
     if angles:
         theta = math.radians(max(statistics.median(angles), 0.1))  # at 0 no batch is too small

@@ -83,10 +83,10 @@ def advice(capsys, *options):
 
 
 def test_advice_is_the_text_s_with_the_numbers_put_in(capsys):
-    # s = 60000 / (60000 + 12 * 10 * 500) = 1/2, and R8 with 4 epochs: 1/2 - 1/12 and 1/2 - 1/3
+    # s = 60000 / (60000 + 12 * 10 * 500) = 1/2, and R8 with a tail of V/50 and 4 epochs: 0.49 - 1/12 and 0.49 - 1/3
     options = "--vocab", "60000", "--width", "500", "--layers", "10", "--epochs", "4", "--batch", "32"
     lines = advice(capsys, *options)
-    for expected in ("s = 50.0%", "recordings: 6 at most", "one saves 41.7%", "every epoch 16.7%", "V/50 = 1200 tokens",
+    for expected in ("s = 50.0%", "recordings: 5 at most", "one saves 40.7%", "every epoch 15.7%", "V/50 = 1200 tokens",
                      "steps; 1.0% of all", "V/10 = 6000 tokens", "max_angle: 90 degrees"):
         assert expected in lines
     # M11: cos(60 deg) = 1/2 is zeta = 0.395; 75 degrees need 1.4 * 0.110, so 32 * 1.4 * 0.110 / 0.395 = 12.5: they idle
@@ -108,7 +108,7 @@ def test_advice_reads_a_record_and_leaves_ignored_rows_out(capsys, tmp_path):
     record.save(tmp_path / "r.npz")
     options = "--width", "5", "--layers", "1", "--epochs", "1", "--batch", "1", "--record", str(tmp_path / "r.npz")
     lines = advice(capsys, "--vocab", "10", *options)
-    assert "0.5 keeps 6 tokens a row, kappa = 55.00%" in lines and "bias was 0.9000" in lines and "smaller tau" in lines
+    assert "0.5 keeps 6 tokens a row, 55.00%" in lines and "at kappa = 57.0%" in lines and "bias was 0.9000" in lines and "smaller tau" in lines
     with pytest.raises(ValueError, match="vocab_size 10, not of 11"):
         advice(capsys, "--vocab", "11", *options)
     with pytest.raises(SystemExit):
