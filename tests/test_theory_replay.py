@@ -906,6 +906,26 @@ def test_r10_false_with_weight_decay_or_a_tied_embedding():
         assert set((W != W0).any(1).nonzero()[:, 0].tolist()) == expected
 
 
+@given(st.integers(0, 2**32 - 1), st.floats(1e-6, 0.1), st.floats(0.5, 6.0), st.sampled_from(["adam", "moclip"]))
+def test_r10_a_large_eps_moves_a_row_by_no_more_than_its_probability_asks_for(seed, eps, sharpness, name):
+    torch.manual_seed(seed)
+    V, d, lr = 60, 3, 0.01
+    h, W0, target = torch.randn(8, d).double(), sharpness * torch.randn(V, d).double(), torch.randint(0, 5, (8,))
+    W, asked, tol = W0.clone().requires_grad_(), torch.zeros(V, d), 4 * EPS * abs(W0).max().item()
+    optimizer = torch.optim.Adam([W], lr=lr, eps=eps) if name == "adam" else MoClip([W], lr=lr)
+    for step in range(5):
+        before = W.detach().clone()
+        asked = asked.maximum((h @ before.T).softmax(1).T @ abs(h) / len(h))  # the mean over positions of p_tj |h_ti|
+        optimizer.zero_grad()
+        F.cross_entropy(h @ W.T, target).backward()
+        optimizer.step()
+        moved, g = abs(W.detach() - before), abs(W.grad)
+        if name == "adam":
+            assert (moved <= lr * asked / eps * (1 + 1e-9) + tol)[5:].all()  # rows that are nobody's gold
+        if step == 0:  # arctan2 knows no eps: the least probable row moves as far as any
+            np.testing.assert_allclose(moved, lr * (g / (g + eps) if name == "adam" else 1), rtol=1e-9, atol=tol)
+
+
 @pytest.mark.parametrize("betas, b, first, total", [((0.9, 0.999), 1.0, 10**6, 26.57), ((0.9, 0.9), 1.0, 10**6, 7.758),
                                                     ((0.9, 0.999), 0.5, 40, None)])
 def test_r10_one_isolated_gradient_moves_a_coordinate_by_the_stated_total(betas, b, first, total):
