@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from moclip import MoClip, clip_angle  # noqa: E402  (the repository root must be on the path first)
+from moclip import MoClip  # noqa: E402  (the repository root must be on the path first)
 
 FOLDER = ROOT / "experiments/figures"
 WIDTH = 525 / 72  # inches: 525 pt are the 700 px at which a page shows it, so that sizes in pt are what the reader sees
@@ -28,54 +28,6 @@ STYLE = {
     "grid.color": GREY, "grid.alpha": 0.3, "text.color": GREY,
     "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
     "font.size": 10, "axes.titlesize": 10, "legend.fontsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9}
-
-
-def rotation(plt):
-    """What `clip_angle` does, in the plane of g and m: three cases of theta beside a cap of 60 degrees."""
-    cap = math.radians(60)
-    m = torch.tensor([0.75, 0.0], dtype=torch.float64)
-    figure, panels = plt.subplots(1, 3, figsize=(WIDTH, 2.9))
-
-    def arrow(axes, end, color, label, offset):
-        axes.annotate("", end, (0, 0), arrowprops=dict(arrowstyle="-|>", color=color, lw=2, shrinkA=0, shrinkB=0))
-        axes.annotate(label, end, offset, textcoords="offset points", color=color, ha="center", va="center", size=12)
-
-    def arc(axes, radius, start, end, **options):
-        turn = torch.linspace(start, end, 91)
-        axes.plot(radius * turn.cos(), radius * turn.sin(), **options)
-
-    def theta_arc(axes, theta):
-        arc(axes, 0.24, 0, theta, color=GREY, lw=1)
-        axes.annotate("$\\theta$", (0.24 * math.cos(0.85 * theta), 0.24 * math.sin(0.85 * theta)), (-3, 8),
-                      textcoords="offset points", ha="center", va="center", fontsize=12)
-
-    for axes, title in zip(panels, ("$\\theta > \\Delta$: rotated to the cap", "$\\theta \\leq \\Delta$: passes",
-                                    "$\\theta = \\pi$: no plane")):
-        cone = torch.linspace(-cap, cap, 61)
-        axes.fill([0, *cone.cos()], [0, *cone.sin()], color=GREEN, alpha=0.18, lw=0)
-        arrow(axes, m.tolist(), BLUE, "$m$", (3, -9))
-        axes.text(0, 1.33, title, ha="center", va="bottom")
-        axes.set(aspect="equal", xlim=(-1.1, 1.1), ylim=(-1.15, 1.5))
-        axes.axis("off")
-
-    theta = math.radians(118)
-    g = torch.tensor([math.cos(theta), math.sin(theta)], dtype=torch.float64)
-    arrow(panels[0], g.tolist(), ORANGE, "$g$", (-6, 6))
-    arrow(panels[0], clip_angle(g, m, cap).tolist(), RED, "$\\tilde g$", (8, 5))
-    theta_arc(panels[0], theta)
-    arc(panels[0], 0.42, 0, cap, color=GREEN, lw=1.5)
-    panels[0].text(0.47, 0.2, "$\\Delta$", color=GREEN, ha="left", va="center", fontsize=12)
-    arc(panels[0], 1, cap + 0.06, theta - 0.06, color=GREY, lw=1, ls=(0, (4, 3)))
-    panels[0].text(0.02, 1.05, "$|\\tilde g| = |g|$", ha="center", va="bottom")
-
-    theta = math.radians(38)
-    g = torch.tensor([math.cos(theta), math.sin(theta)], dtype=torch.float64)
-    arrow(panels[1], clip_angle(g, m, cap).tolist(), ORANGE, "$\\tilde g = g$", (2, 9))
-    theta_arc(panels[1], theta)
-
-    arrow(panels[2], clip_angle(-m / m.norm(), m, cap).tolist(), ORANGE, "$\\tilde g = g$", (14, 10))
-    panels[2].text(0, -1.12, "$m$ restarts at 0", ha="center", va="bottom")
-    return figure
 
 
 def path(max_angle, steps=2500, lr=0.01, betas=(0.9, 0.99)):
@@ -145,14 +97,14 @@ def stage0_row(plt):
 
 
 def frontier(plt):
-    """Accuracy against forgetting; a point a learning rate, mean over bases and seeds. Two rivals need general text."""
+    """Accuracy against forgetting; a point a rate, mean over bases and seeds. "mixed" and KL need general text."""
     report, rows = study()
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(WIDTH, 4.4), sharex=True, height_ratios=(3, 1))
     looks = {"full": (GREY, "o"), "replay": (RED, "s"), "tail": (BLUE, "D")}
     for method in report.sweep.script.METHODS:
         color, marker = looks[method.split("+")[0]]
         axes, line = lower if method.startswith("replay") else upper, "-" if method.endswith("adamw") else "--"
-        groups = report.by_rate(report.select(rows, method=method))
+        groups = {lr: report.at(report.select(rows, method=method), lr) for lr in report.sweep.RATES}
         x = [report.mean(group, "forgetting") for group in groups.values()]
         y = [100 * report.mean(group, "accuracy") for group in groups.values()]
         axes.plot(x, y, line, marker=marker, color=color, mfc=color if line == "-" else "none", ms=5, label=method)
@@ -161,7 +113,7 @@ def frontier(plt):
                 above = method == "tail+adamw"
                 axes.annotate(f"{1e4 * lr:g}", (a, b), (-4, 6) if above else (4, -12), textcoords="offset points",
                               size=9, color=color, ha="right" if above else "left")
-    for variant, marker in (("mixed", "^"), ("KL to base", "v")):
+    for variant, marker in (("mixed", "^"), ("KL to base", "v"), ("eps 0.0001", "*")):
         for method, color in (("full+adamw", GREY), ("tail+adamw", BLUE)):
             rows_of = report.select(rows, method=method, variant=variant)
             groups = [report.at(rows_of, lr) for lr in (6e-4, 8e-4)]
@@ -195,7 +147,7 @@ def mass(plt):
     return figure
 
 
-FIGURES = {"row": stage0_row, "rotation": rotation, "frontier": frontier, "orbits": orbits, "mass": mass}
+FIGURES = {"row": stage0_row, "frontier": frontier, "orbits": orbits, "mass": mass}
 """name -> function(pyplot) -> figure."""
 
 

@@ -278,7 +278,7 @@ def measure_training(device, copy_rate, product_rate):
             report("its head: part of full+adamw's", f"{ms[method]['head_ms'] / dense['head_ms']:.2f}",
                    "<= 0.35" * ("tail" in method and (V, batch) == (default, 32)))
             if V == default and "tail" in method:
-                steps = 200 if batch == 32 else 100  # 2.9 and 5.9 epochs, as in the study
+                steps = 200 if batch == 32 else 100  # 3.5 and 7 epochs, as in the study
                 whole = 1 - (steps * step + stage0) / (steps * dense["step_ms"])
                 report(f"the whole run of {steps} steps, Stage 0 counted in, {name}: {method} below full+adamw by",
                        f"{whole:.0%}", {32: ">= 25%", 128: ">= 45%"}[batch], stage0_ms=stage0)
