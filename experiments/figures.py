@@ -97,14 +97,14 @@ def stage0_row(plt):
 
 
 def frontier(plt):
-    """Accuracy against forgetting; a point a learning rate, mean over bases and seeds. Two rivals need general text."""
+    """Accuracy against forgetting; a point a rate, mean over bases and seeds. "mixed" and KL need general text."""
     report, rows = study()
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(WIDTH, 4.4), sharex=True, height_ratios=(3, 1))
     looks = {"full": (GREY, "o"), "replay": (RED, "s"), "tail": (BLUE, "D")}
     for method in report.sweep.script.METHODS:
         color, marker = looks[method.split("+")[0]]
         axes, line = lower if method.startswith("replay") else upper, "-" if method.endswith("adamw") else "--"
-        groups = report.by_rate(report.select(rows, method=method))
+        groups = {lr: report.at(report.select(rows, method=method), lr) for lr in report.sweep.RATES}
         x = [report.mean(group, "forgetting") for group in groups.values()]
         y = [100 * report.mean(group, "accuracy") for group in groups.values()]
         axes.plot(x, y, line, marker=marker, color=color, mfc=color if line == "-" else "none", ms=5, label=method)
@@ -113,7 +113,7 @@ def frontier(plt):
                 above = method == "tail+adamw"
                 axes.annotate(f"{1e4 * lr:g}", (a, b), (-4, 6) if above else (4, -12), textcoords="offset points",
                               size=9, color=color, ha="right" if above else "left")
-    for variant, marker in (("mixed", "^"), ("KL to base", "v")):
+    for variant, marker in (("mixed", "^"), ("KL to base", "v"), ("eps 0.0001", "*")):
         for method, color in (("full+adamw", GREY), ("tail+adamw", BLUE)):
             rows_of = report.select(rows, method=method, variant=variant)
             groups = [report.at(rows_of, lr) for lr in (6e-4, 8e-4)]

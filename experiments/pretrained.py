@@ -28,9 +28,9 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train_small as script  # noqa: E402  (its folder is on the path only now)
+import rivals  # noqa: E402  (its folder is on the path only now)
+import train_small as script  # noqa: E402
 from logits_replay import ReplayRecord, outside_mass  # noqa: E402
-from rivals import gold_record  # noqa: E402
 
 try:
     import accelerate  # noqa: F401  (the Trainer needs it)
@@ -86,8 +86,6 @@ class ReplayTrainer(transformers.Trainer):
 
 def record_shards(model, tokens, targets, tau, device):
     """Stage 0: every process records its contiguous share of the corpus; `concat` joins them in order."""
-    if tau == 0:
-        return gold_record(targets[targets != script.IGNORE], len(model.embedding.weight))
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
     mine = script.stage0(model, tokens.tensor_split(world)[rank],
@@ -104,17 +102,17 @@ def main():
     parser.add_argument("--model", required=True, help="name or folder of a causal LM")
     parser.add_argument("--gguf", help="GGUF file in that folder")
     parser.add_argument("--methods", nargs="+", default=list(script.METHODS), choices=script.METHODS)
-    parser.add_argument("--tau", type=float, default=0.95, help="0: no Stage 0, only the gold token is recorded")
+    parser.add_argument("--variant", default="", choices=("", "gold only", "head frozen", "mixed", "KL to base"),
+                        help="a rival or a control of rivals.py, built on the methods (frozen: with a tied embedding)")
+    parser.add_argument("--tau", type=float, default=0.95)
     parser.add_argument("--tail", type=int, default=256, help="tokens that a tail method samples for each batch")
-    parser.add_argument("--freeze-head", action="store_true", help="and the embedding, where it is tied")
     parser.add_argument("--max-angle", type=float, default=90, help="MoClip's cap, in degrees")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=16, help="examples a step and process")
     parser.add_argument("--train", type=int, default=480, help="training examples")
-    parser.add_argument("--test", type=int, default=105, help="questions and windows of general text that are measured")
-    parser.add_argument("--part", choices=("test", "validation"),
-                        default="test", help="validation: to choose a setting")
+    parser.add_argument("--test", type=int, default=105,
+                        help="questions, and windows of general text, of the validation and of the test part")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the order of the examples and the tails")
     parser.add_argument("--checkpoints", type=Path,
                         help="folder for the Trainer's checkpoints, three a run (default: none)")
@@ -130,6 +128,12 @@ def main():
         logging_strategy="no", use_cpu=not torch.cuda.is_available())
     device, main_process = arguments.device, arguments.process_index == 0  # this also starts the processes' group
 
+    def measured(model):
+        """On test questions, and on validation questions, by which a setting is chosen."""
+        chosen = script.evaluate(Hidden(model), data, device, "validation")
+        return {**script.evaluate(Hidden(model), data, device),
+                **{f"{key}_validation": value for key, value in chosen.items() if key != "samples"}}
+
     def fresh():
         model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, **source)
         model.is_quantized = False  # the weights of a GGUF file are float32 by now; the flag still says otherwise
@@ -138,19 +142,20 @@ def main():
     rng = random.Random(0)
     database = script.Database(rng)
     train, *held_out = script.domain_split(rng, database, 120)
-    train, questions = train[:args.train], held_out[args.part == "test"][:args.test]
-    documents = script.general_documents()
-    prose = "\n\n".join(documents[name] for name in random.Random(args.part).sample(sorted(documents), 40))
-    script.CONTEXT = 96
-    windows = torch.tensor(tokens.encode(prose)).unfold(0, script.CONTEXT + 1, script.CONTEXT)[:args.test]
-    data = SimpleNamespace(tokenizer=tokens, database=database, test=questions,
-                           domain_test=script.encode_domain(tokens, questions),
-                           general_test=(windows[:, :-1], windows[:, 1:]))
-    ids, labels = script.encode_domain(tokens, train)
+    documents, script.CONTEXT = script.general_documents(), 96
+    data = SimpleNamespace(tokenizer=tokens, database=database)
+    for part, questions in zip(("test", "validation"), reversed(held_out)):
+        prose = "\n\n".join(documents.pop(name) for name in random.Random(part).sample(sorted(documents), 40))
+        windows = torch.tensor(tokens.encode(prose)).unfold(0, script.CONTEXT + 1, script.CONTEXT)[:args.test]
+        setattr(data, part, questions[:args.test])
+        setattr(data, f"domain_{part}", script.encode_domain(tokens, questions[:args.test]))
+        setattr(data, f"general_{part}", (windows[:, :-1], windows[:, 1:]))
+    data.streams = [torch.tensor(tokens.encode("\n\n".join(map(documents.get, sorted(documents)))), device=device)]
+    ids, labels = script.encode_domain(tokens, train[:args.train])
     dataset = [{"input_ids": x, "labels": y, "index": i} for i, (x, y) in enumerate(zip(ids, labels))]
     row_of = script.record_rows(labels)
 
-    aside = {"methods", "seeds", "results", "checkpoints"} | ({"freeze_head"} if not args.freeze_head else set())
+    aside = {"methods", "seeds", "results", "checkpoints"}
     config = {k: str(v) for k, v in vars(args).items() if k not in aside}
     config |= {"model": Path(args.model).name, "world": arguments.world_size, "transformers": transformers.__version__,
                "torch": torch.__version__}
@@ -168,7 +173,7 @@ def main():
             script.write_atomically(args.results, lambda temporary: temporary.write_text(text))
 
     if not done["runs"]:
-        keep({"method": "base", **script.evaluate(Hidden(fresh()), data, device)})
+        keep({"method": "base", **measured(fresh())})
     for seed, method in itertools.product(args.seeds, args.methods):
         if any((run["method"], run.get("seed")) == (method, seed) for run in done["runs"]):
             continue
@@ -177,7 +182,7 @@ def main():
             arguments.output_dir = str(args.checkpoints / f"{method}-{seed}")
             last = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).exists() else None
         path, record, start = Path(arguments.output_dir) / "record.npz", None, time.perf_counter()
-        if not method.startswith("full"):
+        if not method.startswith("full") and args.variant != "gold only":
             if last and path.exists():
                 record = ReplayRecord.load(path).to(device)
             else:
@@ -186,16 +191,17 @@ def main():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 record.save(path)
         stage0_s = time.perf_counter() - start
-        model.get_output_embeddings().weight.requires_grad_(not args.freeze_head)
-        optimizer = script.make_optimizer(method, model.parameters(), args)
+        c = SimpleNamespace(model=Hidden(model), base=Hidden(fresh()), data=data, record=record, args=args,
+                            method=method, seed=seed, generator=torch.Generator().manual_seed(2**31 + seed))
+        score, optimizer = rivals.VARIANTS[args.variant](c)
+        optimizer = optimizer or script.make_optimizer(method, model.parameters(), args)
         schedule = script.warmup_then_linear(optimizer, args.steps)
         trainer = ReplayTrainer(model, arguments, train_dataset=dataset, optimizers=(optimizer, schedule))
-        trainer.row_of = row_of
-        trainer.score = script.scorer(method, record, args, torch.Generator().manual_seed(2**31 + seed))
+        trainer.row_of, trainer.score = row_of, score or rivals.own(c)
         seconds = trainer.train(resume_from_checkpoint=last).metrics["train_runtime"]
         steps = args.steps - (int(last.rsplit("-")[-1]) if last else 0)
         run = {"method": method, "seed": seed, "step_ms": 1e3 * seconds / steps, "stage0_s": stage0_s,
-               "total_s": None if last else seconds + stage0_s, **script.evaluate(Hidden(model), data, device)}
+               "total_s": None if last else seconds + stage0_s, **measured(model)}
         run["forgetting"] = run["general_nll"] - done["runs"][0]["general_nll"]
         if record is not None:
             with torch.no_grad():  # on one training example in fifteen
@@ -205,7 +211,7 @@ def main():
             sizes = record.subset_sizes.float()
             size = sum(x.nbytes for x in (record.token_ids, record.offsets, record.outside_mass)) / len(record)
             run |= {"subset_size_mean": sizes.mean().item(), "subset_size_median": sizes.median().item(),
-                    "outside_mass_start": record.outside_mass.mean().item() if args.tau else None,
+                    "outside_mass_start": record.outside_mass.mean().item(),
                     "record_bytes_per_position": size}
         keep(run)
     if main_process:

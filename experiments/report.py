@@ -12,6 +12,7 @@ import collections
 import contextlib
 import io
 import json
+import math
 import re
 import statistics
 import sys
@@ -42,6 +43,8 @@ def load():
             general |= {part: row[f"general_nll_{part}_test"] - at[f"general_nll_{part}_test"]
                         for part in ("golds", "other")}
             rows.append({**row, **row["settings"], "fingerprint": row["base"], "forgetting": general["test"],
+                         "parameters": at["parameters"],
+                         "forgetting_sql": row.get("other_sql_nll", math.nan) - at.get("other_sql_nll", math.nan),
                          **{f"forgetting_{part}": value for part, value in general.items()},
                          "accuracy": row["domain_accuracy_test"]})
     return rows
@@ -63,7 +66,7 @@ def by_rate(rows):
 
 
 def candidates(rows):
-    """{lr: mean validation accuracy}, of seed 0, over the rates that were run on the most bases."""
+    """{lr: mean validation accuracy}, of seed 0, over the rates that were run on the most bases, ascending."""
     groups = by_rate([row for row in rows if row["seed"] == 0])
     most = max(map(len, groups.values()))
     return {lr: mean(group, "domain_accuracy_validation") for lr, group in groups.items() if len(group) == most}
@@ -75,10 +78,10 @@ def best(rows):
     return max(found, key=found.get)
 
 
-def chosen(rows):
+def chosen(rows, tolerance=0.02):
     """The smallest learning rate whose validation accuracy is within two points of the best."""
     found = candidates(rows)
-    return next(lr for lr, accuracy in found.items() if accuracy >= max(found.values()) - 0.02)
+    return next(lr for lr, accuracy in found.items() if accuracy >= max(found.values()) - tolerance)
 
 
 def spread(rows, key, form):
@@ -93,7 +96,8 @@ MEASURES = {"accuracy": ("accuracy", "{:.1%}"), "forgetting": ("forgetting", "{:
             "rows moved": ("head_rows_moved", "{:.0f}"),
             "spikes": ("spikes", "{:.1f}"), "clipped": ("clip_fraction", "{:.0%}"),
             "of domain golds": ("forgetting_golds", "{:.3f}"),
-            "of other tokens": ("forgetting_other", "{:.3f}")}
+            "of other tokens": ("forgetting_other", "{:.3f}"),
+            "of SQL over other schemas": ("forgetting_sql", "{:.3f}")}
 
 
 def table(lines, titles, measures):
@@ -105,7 +109,7 @@ def table(lines, titles, measures):
     return "\n".join(out)
 
 
-def paired(rows, others, key="forgetting", difference=lambda a, b: 1 - a / b):
+def paired(rows, others, key, difference):
     """(mean, low, high) of a difference over bases, each the mean of the pairs of one seed; 95 %, Student."""
     by, values = {(row["base"], row["seed"]): row[key] for row in others}, collections.defaultdict(list)
     for row in rows:
@@ -115,6 +119,17 @@ def paired(rows, others, key="forgetting", difference=lambda a, b: 1 - a / b):
     middle = statistics.mean(values)
     half = STUDENT[len(values) - 1] * statistics.stdev(values) / len(values)**0.5
     return middle, middle - half, middle + half
+
+
+def points(rows, others):
+    """Accuracy against the others', in points: (mean, low, high)."""
+    return paired(rows, others, "accuracy", lambda a, b: 100 * (a - b))
+
+
+def less(rows, others):
+    """By what part forgetting is less than the others': (mean, low, high), from the mean logarithm of the ratios."""
+    middle, low, high = map(math.exp, paired(rows, others, "forgetting", lambda a, b: math.log(a / b)))
+    return 1 - middle, 1 - high, 1 - low
 
 
 def at(rows, lr):
@@ -131,8 +146,8 @@ def main_table(rows):
 
 
 def frontier_table(rows):
-    lines = [((method, f"{lr:g}"), group) for method in sweep.script.METHODS
-             for lr, group in by_rate(select(rows, method=method)).items()]
+    lines = [((method, f"{lr:g}"), at(select(rows, method=method), lr)) for method in sweep.script.METHODS
+             for lr in sweep.RATES]
     return table(lines, ("method", "lr"), ("accuracy", "forgetting"))
 
 
@@ -162,8 +177,10 @@ def drift_table(rows):
 
 RECORDED = {"gold only, no Stage 0": dict(variant="gold only"), "top 1 and gold": dict(tau=0.01), "tau = 0.9": {}}
 ARMS = {"full+adamw": dict(method="full+adamw"),
-        **{f"full+adamw, {v}": dict(method="full+adamw", variant=v) for v in sweep.RIVALS}, "tail+adamw": {},
-        **{f"tail+adamw, {v}": dict(variant=v) for v in ("mixed", "KL to base")},
+        **{f"full+adamw, {v}": dict(method="full+adamw", variant=v)
+           for v in (*sweep.RIVALS, "KL every 5th step", *sweep.EPS[1:3])}, "tail+adamw": {},
+        **{f"tail+adamw, {v}": dict(variant=v)
+           for v in ("mixed", "KL to base", "KL every 5th step", "matched norm", sweep.EPS[2])},
         "tail+moclip": dict(method="tail+moclip")}
 
 
@@ -177,12 +194,11 @@ def record_table(rows):
     return table(lines, ("recorded", "tail", "bases"), ("accuracy", "forgetting", "domain NLL", "outside mass"))
 
 
-def differences(arms, titles, difference, form, key="forgetting"):
-    """Each arm, (cells, its rows, those it is compared with): paired differences with 95 % intervals."""
+def differences(arms, titles, measure, form):
+    """Each arm, (cells, its rows, those it is compared with): `points` and `measure`, with 95 % intervals."""
     out = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for cells, group, reference in arms:
-        a = paired(group, reference, "accuracy", lambda x, y: 100 * (x - y))
-        b = map(form.format, paired(group, reference, key, difference))
+        a, b = points(group, reference), map(form.format, measure(group, reference))
         out.append("| " + " | ".join(map(str, cells)) + f" | {a[0]:+.1f} | {a[1]:+.1f} to {a[2]:+.1f} "
                    f"| {next(b)} | {next(b)} to {next(b)} |")
     return "\n".join(out)
@@ -194,7 +210,39 @@ def record_claim(rows):
     arms = [((name, size), at(select(rows, tail=size, seed=0, **RECORDED[name]), sweep.DEFAULT["lr"]), plain)
             for size, plain in tails.items() for name in ("top 1 and gold", "tau = 0.9")]
     titles = ["recorded", "tail", "accuracy, points", "95 %", "domain NLL", "95 %"]
-    return differences(arms, titles, lambda x, y: x - y, "{:+.3f}", "domain_nll_test")
+    return differences(arms, titles, lambda a, b: paired(a, b, "domain_nll_test", lambda x, y: x - y), "{:+.3f}")
+
+
+def record_by_rate(rows):
+    """The tail without a record against the tail with one, at the same rate."""
+    plain, tail = select(rows, variant="gold only"), select(rows, seed=0)
+    arms = [((f"{lr:g}",), at(plain, lr), at(tail, lr)) for lr in sweep.CENTRE]
+    titles = ["gold only against tau = 0.9: lr", "accuracy, points", "95 %", "less forgetting", "95 %"]
+    return differences(arms, titles, less, "{:.0%}")
+
+
+def sql_table(rows):
+    """What else the base could do: SQL over schemas that nobody trained on."""
+    names = ("full+adamw", "full+adamw, eps 1e-05", "full+adamw, eps 0.0001", "full+adamw, mixed",
+             "full+adamw, KL to base", "tail+adamw", "tail+adamw, KL to base", "tail+moclip")
+    arms = {**{name: ARMS[name] for name in names}, "replay+adamw": dict(method="replay+adamw")}
+    lines = [((name,), [row for row in at(select(rows, seed=0, **settings), sweep.DEFAULT["lr"])
+                        if not math.isnan(row["forgetting_sql"])]) for name, settings in arms.items()]
+    return table(lines, ("arm, lr 6e-4",), ("accuracy", "forgetting", "of SQL over other schemas"))
+
+
+def eps_table(rows):
+    lines = [((method, eps.removeprefix("eps ") or "1e-08", f"{lr:g}", len(mine)), mine)
+             for method in ("full+adamw", "tail+adamw") for eps in ("", *sweep.EPS) for lr in (6e-4, 8e-4)
+             if (mine := at(select(rows, method=method, variant=eps, seed=0), lr))]
+    return table(lines, ("method", "eps", "lr", "bases"), ("accuracy", "forgetting", "domain NLL", "head moved"))
+
+
+def interpolation_table(rows):
+    lines = [((alpha, f"{lr:g}"), at(select(rows, method="full+adamw", variant=variant, base=0, seed=0), lr))
+             for alpha, variant in ((1, ""), (0.75, sweep.ALPHAS[1]), (0.5, sweep.ALPHAS[0]))
+             for lr in (8e-4, 1.6e-3, 2.4e-3)]
+    return table(lines, ("alpha", "lr"), ("accuracy", "forgetting", "domain NLL"))
 
 
 def rivals_table(rows):
@@ -212,7 +260,31 @@ def claim(rows):
         arms[method] = at(mine, chosen(mine))
     titles = [f"against full+adamw at {chosen(full):g}", "lr", "accuracy, points", "95 %", "less forgetting", "95 %"]
     return differences([((name, f"{mine[0]['lr']:g}"), mine, at(full, chosen(full))) for name, mine in arms.items()],
-                       titles, lambda x, y: 1 - x / y, "{:.0%}")
+                       titles, less, "{:.0%}")
+
+
+def same_rate(rows):
+    """The tail against the full softmax with the same optimizer at the same rate: nothing is chosen."""
+    arms = []
+    for optimizer in ("adamw", "moclip"):
+        full, tail = (select(rows, method=f"{loss}+{optimizer}") for loss in ("full", "tail"))
+        arms += [((f"tail+{optimizer}", f"{lr:g}"), at(tail, lr), at(full, lr)) for lr in sweep.RATES]
+    titles = ["against full with the same optimizer", "lr", "accuracy, points", "95 %", "less forgetting", "95 %"]
+    return differences(arms, titles, less, "{:.0%}")
+
+
+def tolerances(rows):
+    """How far the claim hangs on the tolerance of the choice."""
+    full, arms = select(rows, method="full+adamw"), []
+    for tolerance in (0.0, 0.01, 0.015, 0.02, 0.03):
+        for method in ("tail+adamw", "tail+moclip"):
+            mine = select(rows, method=method)
+            lrs = chosen(full, tolerance), chosen(mine, tolerance)
+            arms.append(((method, f"{100 * tolerance:g}", f"{lrs[0]:g}", f"{lrs[1]:g}"),
+                         at(mine, lrs[1]), at(full, lrs[0])))
+    titles = ["method", "tolerance, points", "lr of full+adamw", "lr", "accuracy, points", "95 %", "less forgetting",
+              "95 %"]
+    return differences(arms, titles, less, "{:.0%}")
 
 
 def rivals_claim(rows):
@@ -222,8 +294,8 @@ def rivals_claim(rows):
         mine = select(rows, **settings)
         if name != "tail+adamw":
             arms.append(((name, f"{chosen(mine):g}"), at(mine, chosen(mine)), at(tail, chosen(tail))))
-    titles = [f"against tail+adamw at {chosen(tail):g}", "lr", "accuracy, points", "95 %", "forgetting, times", "95 %"]
-    return differences(arms, titles, lambda x, y: x / y, "{:.2f}")
+    titles = [f"against tail+adamw at {chosen(tail):g}", "lr", "accuracy, points", "95 %", "forgetting, nats", "95 %"]
+    return differences(arms, titles, lambda a, b: paired(a, b, "forgetting", lambda x, y: x - y), "{:+.3f}")
 
 
 def rivals_speed(_):
@@ -233,11 +305,12 @@ def rivals_speed(_):
 
 
 def cap_table(rows):
-    lines = [((method, batch, f"{cap:g}°"), at(select(rows, method=method, batch=batch, max_angle=cap, seed=0),
-                                               sweep.DEFAULT["lr"]))
+    lines = [((method, batch, f"{cap:g}°", f"{lr:g}", len(mine)), mine)
              for method, batch in (("full+moclip", 32), ("tail+moclip", 32), ("tail+moclip", 8))
-             for cap in (60.0, 90.0, 180.0)]
-    return table(lines, ("method", "batch", "cap"), ("accuracy", "forgetting", "domain NLL", "clipped", "spikes"))
+             for cap, lrs in ((60.0, (2e-4, 4e-4, 6e-4)), (75.0, (6e-4,)), (90.0, (6e-4,)), (180.0, (6e-4,)))
+             for lr in lrs if (mine := at(select(rows, method=method, batch=batch, max_angle=cap, seed=0), lr))]
+    return table(lines, ("method", "batch", "cap", "lr", "bases"), ("accuracy", "forgetting", "domain NLL", "clipped",
+                                                                    "spikes"))
 
 
 def stability_table(rows):
@@ -255,6 +328,33 @@ def batch_table(rows):
                                     ("tail+adamw, gold only, no Stage 0", dict(variant="gold only")),
                                     ("tail+moclip", dict(method="tail+moclip")))]
     return table(lines, ("batch", "arm"), ("accuracy", "forgetting", "domain NLL"))
+
+
+def size_table(rows):
+    """A row is a size and a rate, a column an arm."""
+    titles = [f"{measure}, {arm}" for measure in ("accuracy", "forgetting") for arm in sweep.THREE]
+    out = ["| parameters | lr | " + " | ".join(titles) + " |", "|" + "---|" * (2 + len(titles))]
+    for width in (96, sweep.script.WIDTH, 384):
+        for lr in sweep.DOUBLED:
+            mine = [at(select(rows, width=width, method=method, base=0, seed=0), lr) for method in sweep.THREE]
+            if all(mine):
+                cells = [spread(group, *MEASURES[m]) for m in ("accuracy", "forgetting") for group in mine]
+                out.append(f"| {mine[0][0]['parameters']:,} | {lr:g} | " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
+def advice_table(rows):
+    """What `theory.py --advise` says (tau = 0.9, a tail of V/50) and its neighbours, at sizes it was not made from."""
+    lines = []
+    for width in (96, 384):
+        for name, tail, settings in (("tau = 0.9", 256, {}), ("tau = 0.9", 64, {}), ("tau = 0.9", 1024, {}),
+                                     ("gold only, no Stage 0", 256, dict(variant="gold only")),
+                                     ("top 1 and gold", 256, dict(tau=0.01)), ("tau = 0.5", 256, dict(tau=0.5)),
+                                     ("tau = 0.98", 256, dict(tau=0.98))):
+            mine = at(select(rows, width=width, base=0, seed=0, tail=tail, **settings), 8e-4)
+            if mine:
+                lines.append(((f"{mine[0]['parameters']:,}", name, tail), mine))
+    return table(lines, ("parameters", "recorded", "tail"), ("accuracy", "forgetting", "domain NLL", "outside mass"))
 
 
 def late_table(rows):
@@ -303,7 +403,7 @@ def speed_table(_):
 
 
 def pretrained_table(_):
-    """The rows of the present script, which knows a tail; ± over seeds."""
+    """The rows of the present script, which knows a tail; ± over seeds, as many as `seeds`."""
     lines = collections.defaultdict(list)
     for study in json.loads(sweep.RESULTS.with_name("pretrained.json").read_text()):
         for run in study["runs"]:
@@ -311,9 +411,10 @@ def pretrained_table(_):
                 tau = float(study["config"]["tau"])
                 recorded = "-" if run["method"].startswith("full") else f"tau = {tau:g}" if tau else "gold only"
                 name = run["method"] + ", head frozen" * ("freeze_head" in study["config"])
-                lines[name, recorded].append({**run, "accuracy": run["domain_accuracy"],
-                                              "domain_nll_test": run["domain_nll"]})
-    return table(lines.items(), ("method", "recorded"), ("accuracy", "forgetting", "domain NLL"))
+                lines[name, recorded, study["config"]["lr"]].append({**run, "accuracy": run["domain_accuracy"],
+                                                                     "domain_nll_test": run["domain_nll"]})
+    return table([((*cells, len(runs)), runs) for cells, runs in lines.items()],
+                 ("method", "recorded", "lr", "seeds"), ("accuracy", "forgetting", "domain NLL"))
 
 
 def earlier_table(_):
@@ -347,8 +448,11 @@ def bases_table(_):
 
 TABLES = {"main": main_table, "frontier": frontier_table, "claim": claim, "tau": tau_table, "drift": drift_table,
           "record": record_table, "record claim": record_claim, "rivals": rivals_table, "rivals claim": rivals_claim,
-          "rivals speed": rivals_speed, "cap": cap_table, "stability": stability_table, "batch": batch_table,
-          "late": late_table, "controls": controls_table, "classes": classes_table, "variance": variance_table,
+          "same rate": same_rate, "tolerances": tolerances, "record by rate": record_by_rate, "sql": sql_table,
+          "eps": eps_table, "interpolation": interpolation_table,
+          "rivals speed": rivals_speed, "size": size_table, "advice": advice_table, "cap": cap_table,
+          "stability": stability_table, "batch": batch_table, "late": late_table, "controls": controls_table,
+          "classes": classes_table, "variance": variance_table,
           "first run": first_run, "bases": bases_table, "speed": speed_table, "pretrained": pretrained_table,
           "pretrained, earlier": earlier_table}
 READMES = sweep.ROOT / "README.md", sweep.ROOT / "experiments/README.md", sweep.ROOT / "THEORY.md"

@@ -6,6 +6,7 @@ run; it returns (score, optimizer) as `train_small.finetune` takes them, None fo
     python experiments/rivals.py        # what a step costs with general text, a minute; writes results/rivals.json
 """
 
+import itertools
 import json
 import statistics
 import sys
@@ -65,17 +66,42 @@ def mixed(c):
     return with_text, None
 
 
-def kl_to_base(c):
-    """Domain self-constraint: L + KL(base, model) on general text."""
-    score, windows = own(c), general_windows(c)
+def kl_to_base(every=1):
+    """Domain self-constraint: L + KL(base, model) on general text, at every step or at each that `every` divides."""
+    def build(c):
+        score, windows, steps = own(c), general_windows(c), itertools.count()
 
-    def constrained(hidden, head, gold, rows):
-        x = windows()[:, :-1]
-        with torch.no_grad():
-            reference = (c.base(x) @ c.base.embedding.weight.T).log_softmax(-1).flatten(0, 1)
-        mine = (c.model(x) @ head.T).log_softmax(-1).flatten(0, 1)
-        return score(hidden, head, gold, rows) + F.kl_div(mine, reference, reduction="batchmean", log_target=True)
-    return constrained, None
+        def constrained(hidden, head, gold, rows):
+            loss = score(hidden, head, gold, rows)
+            if next(steps) % every:
+                return loss
+            x = windows()[:, :-1]
+            with torch.no_grad():
+                reference = (c.base(x) @ c.base.embedding.weight.T).log_softmax(-1).flatten(0, 1)
+            mine = (c.model(x) @ head.T).log_softmax(-1).flatten(0, 1)
+            return loss + F.kl_div(mine, reference, reduction="batchmean", log_target=True)
+        return constrained, None
+    return build
+
+
+def interpolated(alpha):
+    """After the last step: base + alpha (model - base), all weights (WiSE-FT, arXiv:2109.01903). It needs no text."""
+    def build(c):
+        optimizer, steps = script.make_optimizer(c.method, c.model.parameters(), c.args), itertools.count(1)
+
+        @torch.no_grad()
+        def back(*_):
+            if next(steps) == c.args.steps:
+                for p, start in zip(c.model.parameters(), c.base.parameters()):
+                    p.lerp_(start, 1 - alpha)
+        optimizer.register_step_post_hook(back)
+        return None, optimizer
+    return build
+
+
+def large_eps(eps):
+    """AdamW whose eps takes the normalization off rows with gradients below it (its default: 1e-8)."""
+    return lambda c: (None, torch.optim.AdamW(c.model.parameters(), c.args.lr, eps=eps, weight_decay=0.0))
 
 
 class MatchedAdamW(torch.optim.AdamW):
@@ -212,9 +238,12 @@ def spikes(c):
 
 
 VARIANTS = {"": lambda c: (None, None), "head frozen": head_frozen, "head rows of the batch": head_rows_of_the_batch,
-            "mixed": mixed, "KL to base": kl_to_base, "matched norm": matched_norm, "torque-aware": torque_aware,
+            "mixed": mixed, "KL to base": kl_to_base(), "KL every 5th step": kl_to_base(5),
+            "matched norm": matched_norm, "torque-aware": torque_aware,
+            **{f"interpolated, {alpha}": interpolated(alpha) for alpha in (0.5, 0.75)},
+            **{f"eps {eps:g}": large_eps(eps) for eps in (1e-6, 1e-5, 1e-4, 1e-3)},
             "gold only": gold_only, "uniform only": uniform_only, "frozen sum": frozen_sum,
-            "recorded at 40": recorded_at({40}), "recorded every epoch": recorded_at({0, 69, 138}),
+            "recorded at 40": recorded_at({40}), "recorded every epoch": recorded_at({0, 58, 116, 174}),
             "bfloat16": bfloat16, "spikes": spikes}
 
 

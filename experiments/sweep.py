@@ -8,11 +8,14 @@ known by the fingerprint of its weights: another machine may make another one fr
 """
 
 import argparse
+import collections
 import functools
 import itertools
 import json
 import math
 import multiprocessing
+import random
+import re
 import statistics
 import sys
 import time
@@ -36,8 +39,9 @@ DEFAULT = dict(base=0, width=script.WIDTH, method="tail+adamw", variant="", tau=
 BASES, RATES = (0, 1, 2), (2e-4, 4e-4, 6e-4, 8e-4, 1.2e-3, 1.6e-3, 2.4e-3, 3.2e-3)
 CENTRE, DOUBLED = (4e-4, 6e-4, 8e-4, 1.2e-3), (4e-4, 8e-4, 1.6e-3)
 TAUS = (0.01, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
-FOUR, REPLAY = ("full+adamw", "full+moclip", "tail+adamw", "tail+moclip"), ("replay+adamw", "replay+moclip")
+FOUR, THREE = ("full+adamw", "full+moclip", "tail+adamw", "tail+moclip"), ("full+adamw", "tail+adamw", "tail+moclip")
 RIVALS = ("head frozen", "head rows of the batch", "mixed", "KL to base", "matched norm", "torque-aware")
+ALPHAS, EPS = ("interpolated, 0.5", "interpolated, 0.75"), ("eps 1e-06", "eps 1e-05", "eps 0.0001", "eps 0.001")
 
 
 def grid():
@@ -58,9 +62,14 @@ def grid():
         "cap": runs(method=("tail+moclip", "full+moclip"), max_angle=(60.0, 90.0, 180.0))
         + runs(method="tail+moclip", batch=8, max_angle=(60.0, 90.0, 180.0)),
         "tau": runs(method=("tail+adamw", "replay+adamw"), tau=(0.9, 0.95, 0.99)),
+        "record by rate": runs(variant="gold only", lr=CENTRE),
+        "eps": runs(method="full+adamw", variant=EPS[1:3], lr=(6e-4, 8e-4)) + runs(variant=EPS[2], lr=(6e-4, 8e-4)),
+        "small cap": runs(method=("full+moclip", "tail+moclip"), max_angle=60.0, lr=(2e-4, 3e-4)),
+        "rivals, tail": runs(method="full+adamw", variant="KL every 5th step")
+        + runs(variant=("KL every 5th step", "matched norm")),
         # on one base
         "batch": [run for batch, steps in ((128, 100), (8, 200)) for variant, method in
-                  (("", ("full+adamw", "tail+adamw", "tail+moclip")), ("gold only", "tail+adamw"))
+                  (("", THREE), ("gold only", "tail+adamw"))
                   for run in runs(method=method, variant=variant, batch=batch, steps=steps, lr=DOUBLED, base=0)]
         + runs(variant="gold only", lr=8e-4, base=0),
         "controls": runs(variant=("uniform only", "frozen sum"), base=0)
@@ -73,10 +82,17 @@ def grid():
         + runs(method="full+adamw", variant=("head frozen", "head rows of the batch"), lr=RATES, base=0),
         "record by size": runs(tail=sizes, tau=(0.01, 0.9), base=0) + runs(tail=sizes[1:], variant="gold only", base=0),
         "tau, all": runs(method=("tail+adamw", "replay+adamw"), tau=TAUS, base=0),
+        "small cap, all": runs(method=("full+moclip", "tail+moclip"), max_angle=60.0, lr=(1e-4, 2e-4, 3e-4, 4e-4), base=0)
+        + runs(method=("full+moclip", "tail+moclip"), max_angle=75.0, lr=(2e-4, 4e-4, 6e-4), base=0)
+        + runs(method=("full+moclip", "tail+moclip"), max_angle=45.0, lr=(1e-4, 2e-4), base=0),
+        "interpolation": runs(method="full+adamw", variant=ALPHAS, lr=(8e-4, 1.6e-3, 2.4e-3), base=0),
+        "eps, all": runs(method="full+adamw", variant=EPS, lr=(6e-4, 8e-4), base=0),
         "scope": runs(method="tail+moclip", scope=("global", "tensor"), base=0),
-        "size": [run for width in (96, 384) for run in runs(method=("full+adamw", "tail+adamw", "tail+moclip"),
-                                                            width=width, lr=DOUBLED, base=0)],
+        "size": [run for width in (96, 384) for run in runs(method=THREE, width=width, lr=DOUBLED, base=0)],
+        "advice": [run for at in (dict(tail=(64, 256, 1024)), dict(tau=(0.01, 0.5, 0.98)), dict(variant="gold only"))
+                   for run in runs(**at, width=96, lr=8e-4, base=0)],
     }
+
 
 def name_of(settings):
     return json.dumps(settings, sort_keys=True)
@@ -86,12 +102,23 @@ def at_width(width):
     script.WIDTH, script.HEADS = width, width // 32
 
 
+def other_sql(data):
+    """Questions and their SQL over schemas that pretraining never saw, tokens and targets: what the base could do."""
+    rng = random.Random("other")
+    counts = collections.Counter(re.findall(r"\b[a-z]{4,9}\b", data.tokenizer.decode(data.streams[0].tolist())))
+    words = [word for word, _ in counts.most_common(100)]
+    schemas = [script.random_schema(rng, words) for _ in range(20)]
+    return script.encode_domain(data.tokenizer, [script.ask(rng, rng.choice(list(script.FORMS)), rng.choice(schemas), {})
+                                                 for _ in range(200)])
+
+
 @functools.cache
 def prepared(seed, width):
     """Data, base model and its general NLLs, and an empty cache of records; pretrains the base if it is not there."""
     at_width(width)
     settings = dict(script.BASE, seed=seed)
     data = script.prepare(settings, 120)
+    data.other_sql = other_sql(data)
     (ROOT / "runs").mkdir(exist_ok=True)
     state, _ = script.load_base(data, settings, ROOT / "runs", CPU)
     model = script.Model()
@@ -104,9 +131,11 @@ def measured(model, base):
     """{measure_part: value} on validation and test questions, in one pass; nats per token under the full softmax.
 
     general_nll_golds, general_nll_other: of the general text's tokens that are golds of the domain, and of the others.
+    other_sql_nll: of SQL over schemas that neither pretraining nor the domain has.
     """
     model.eval()
-    data, out, golds = base.data, {}, torch.zeros(script.V, dtype=torch.bool)
+    data, golds = base.data, torch.zeros(script.V, dtype=torch.bool)
+    out = {"other_sql_nll": script.nll(model, *data.other_sql, CPU)}
     golds[data.domain_train[1][data.domain_train[1] != script.IGNORE]] = True
     pairs = data.validation + data.test
     answers = script.generate(model, data.tokenizer, [question for question, _ in pairs], CPU)
