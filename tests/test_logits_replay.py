@@ -45,7 +45,7 @@ def test_record_equals_the_reference_token_for_token(dtype, data, tau, max_size)
     record = record_topk(logits, target, tau, max_size=max_size)
     rows, outside = reference.record_topk(probabilities(logits), target.tolist(), tau, max_size)
     assert rows_of(record) == rows
-    # a float32 sum of at most V <= 1500 terms of total <= 1, added pairwise: under 16 roundings each
+    # a float32 sum of at most V <= 5000 terms of total <= 1, added pairwise: under 16 roundings each
     assert record.outside_mass.tolist() == pytest.approx(outside, rel=16 * EPS[torch.float32], abs=1e-38)
     assert (record.vocab_size, record.tau, len(record)) == (logits.shape[1], tau, len(target))
     assert record.subset_sizes.tolist() == [len(row) for row in rows]
@@ -59,13 +59,13 @@ def test_the_last_bit_of_the_running_sum_decides_at_tau_1():
     assert rows_of(record_topk(logits, torch.zeros(100, dtype=torch.long), 1.0)) == rows
 
 
-@pytest.mark.parametrize("V", [8, 64, 256, 4096])
+@pytest.mark.parametrize("V", [8, 64, 256, 4096, 8192])
 def test_uniform_row_reaches_a_dyadic_tau_exactly(V):
     record = record_topk(torch.zeros(1, V), torch.tensor([0]), 0.5)
     assert rows_of(record) == [list(range(V // 2))] and record.outside_mass.tolist() == [0.5]
 
 
-@pytest.mark.parametrize("V", [64, 65, 66, 1024, 1025, 3000])
+@pytest.mark.parametrize("V", [64, 65, 66, 1024, 1025, 5000])
 @pytest.mark.parametrize("K", [1, 2, 63, 64, 65, 66])
 def test_ties_at_the_edge_of_the_top_64_go_to_the_lowest_ids(V, K):
     K = min(K, V)  # of V equally probable tokens, K are needed
@@ -89,7 +89,7 @@ def test_max_size_counts_gold_which_displaces_the_last_token():
     assert rows_of(record_topk(z, torch.tensor([1]), 0.99, max_size=2)) == [[0, 1]]
 
 
-@given(st.integers(0, 10**6), st.sampled_from([2, 30, 64, 65, 400]), st.booleans())
+@given(st.integers(0, 10**6), st.sampled_from([2, 30, 64, 65, 400, 5000]), st.booleans())
 def test_the_running_sum_tells_tau_from_the_next_number(seed, V, above):
     p = torch.randn(1, V, generator=torch.Generator().manual_seed(seed)).softmax(-1)
     sums = np.cumsum(np.sort(p.log().softmax(-1)[0].numpy())[::-1].astype(np.float64))
@@ -274,23 +274,36 @@ def test_huge_logits_stay_finite(size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_accumulated_in_float32(dtype):
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("sampled_on", [("cpu",), ()])
+@pytest.mark.parametrize("size", [None, 100])
+def test_half_precision_is_accumulated_in_float32_under_autocast_too(dtype, autocast, sampled_on, size, monkeypatch):
+    monkeypatch.setattr(logits_replay, "SAMPLED_ON", sampled_on)
     torch.manual_seed(0)
-    h, W, y = torch.randn(8, 64).to(dtype), torch.randn(500, 64).to(dtype) / 8, torch.randint(500, (8,))
-    record = record_topk(h @ W.T, y, 0.9)
-    exact = linear_replay_cross_entropy(h.double(), W.double(), y, record)
-    mine = linear_replay_cross_entropy(h.requires_grad_(), W.requires_grad_(), y, record)
+    h, W, bias, y = (torch.randn(8, 64).to(dtype), torch.randn(500, 64).to(dtype) / 8, torch.randn(500).to(dtype),
+                     torch.randint(500, (8,)))
+    record, options = record_topk(h @ W.T, y, 0.5), dict(tail=size and sample_tail(y, 500, size))
+    loss = lambda h, W, bias: linear_replay_cross_entropy(h, W, y, record, linear_bias=bias, **options)
+    exact = loss(h.double(), W.double(), bias.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        mine = loss(h.requires_grad_(), W.requires_grad_(), bias.requires_grad_())
+        mine.backward()
     assert mine.dtype == torch.float32 and mine.item() == pytest.approx(exact.item(), rel=64 * 2.0**-23)  # 64 products
-    mine.backward()
-    assert h.grad.dtype == W.grad.dtype == dtype
-    for wider in ((h.float(), W), (h, W.float())):
-        assert linear_replay_cross_entropy(*wider, y, record).item() == pytest.approx(exact.item(), rel=64 * 2.0**-23)
-    for wider in ((h.double(), W), (h, W.double())):
-        assert linear_replay_cross_entropy(*wider, y, record).item() == pytest.approx(exact.item(), rel=64 * 2.0**-52)
-    logits = h @ W.T
-    dense = replay_cross_entropy(logits, y, record)
-    assert dense.dtype == torch.float32 and dense.item() == pytest.approx(
-        replay_cross_entropy(logits.double(), y, record).item(), rel=64 * 2.0**-23)
+    assert h.grad.dtype == W.grad.dtype == bias.grad.dtype == dtype
+    for wide, eps in ((torch.float32, 2.0**-23), (torch.float64, 2.0**-52)):  # one wide argument is enough
+        for wider in ((h.to(wide), W, bias), (h, W.to(wide), bias)):
+            assert loss(*wider).item() == pytest.approx(exact.item(), rel=64 * eps)
+    logits = (h @ W.T).detach()
+    dense, exact = (replay_cross_entropy(x, y, record, **options) for x in (logits, logits.double()))
+    assert dense.dtype == torch.float32 and dense.item() == pytest.approx(exact.item(), rel=16 * 2.0**-23)
+
+
+def test_recording_makes_no_tensor_many_times_larger_than_the_logits():
+    N, V = 1000, 500
+    z, y = torch.randn(N, V), torch.randint(V, (N,))  # 64 tokens decide no row
+    with Watch() as seen:
+        record = record_topk(z, y, 0.9)
+    assert record.subset_sizes.min() > 64 and seen.elements <= 2 * N * V
 
 
 def test_the_linear_form_never_makes_an_N_by_V_tensor():
@@ -476,25 +489,6 @@ def test_huge_logits_of_a_tail_stay_finite(size):
         assert loss.tolist() == pytest.approx(F.cross_entropy(z, y, reduction="none").tolist())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("sampled_on", [("cpu",), ()])
-def test_a_tail_is_accumulated_in_float32_under_autocast_too(dtype, autocast, sampled_on, monkeypatch):
-    monkeypatch.setattr(logits_replay, "SAMPLED_ON", sampled_on)
-    torch.manual_seed(0)
-    h, W, y = torch.randn(8, 64).to(dtype), torch.randn(500, 64).to(dtype) / 8, torch.randint(500, (8,))
-    record, tail = record_topk(h @ W.T, y, 0.5), sample_tail(y, 500, 100)
-    exact = linear_replay_cross_entropy(h.double(), W.double(), y, record, tail=tail)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        mine = linear_replay_cross_entropy(h.requires_grad_(), W.requires_grad_(), y, record, tail=tail)
-    assert mine.dtype == torch.float32 and mine.item() == pytest.approx(exact.item(), rel=64 * 2.0**-23)  # 64 products
-    mine.backward()
-    assert h.grad.dtype == W.grad.dtype == dtype
-    logits = (h @ W.T).detach()
-    dense, exact = (replay_cross_entropy(x, y, record, tail=tail) for x in (logits, logits.double()))
-    assert dense.dtype == torch.float32 and dense.item() == pytest.approx(exact.item(), rel=16 * 2.0**-23)
-
-
 def test_the_linear_form_with_a_tail_never_makes_an_N_by_V_tensor():
     N, V, d = 300, 5000, 4
     h, W, y = torch.randn(N, d, requires_grad=True), torch.randn(V, d, requires_grad=True), torch.randint(40, (N,))
@@ -588,6 +582,17 @@ def test_a_tail_token_whose_logit_is_not_finite_is_refused_by_row():
     huge = torch.full((1, 2), 3e38)  # finite, but their sum is not
     record = ReplayRecord(torch.tensor([0], dtype=torch.int32), torch.arange(2), torch.zeros(1), 2, 0.5)
     assert linear_replay_cross_entropy(huge, torch.eye(2), torch.tensor([0]), record, tail=everything(2)).isfinite()
+
+
+def test_what_is_recorded_and_sampled_under_inference_mode_can_be_trained_on():
+    torch.manual_seed(0)
+    h, W, y = torch.randn(6, 4, requires_grad=True), torch.randn(20, 4, requires_grad=True), torch.arange(6)
+    with torch.inference_mode():
+        record, tail = record_topk(h @ W.T, y, 0.7), sample_tail(y, 20, 3)
+    for sample in None, tail:
+        for loss in linear_replay_cross_entropy(h, W, y, record, tail=sample), \
+                replay_cross_entropy(h @ W.T, y, record, tail=sample):
+            loss.backward()
 
 
 # --------------------------------------------------------------------------------------------------------- bad input

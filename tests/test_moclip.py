@@ -99,6 +99,12 @@ def test_half_precision_is_rotated_in_float32(dtype):
     assert torch.equal(clip_angle(g, m, math.pi / 6), torch.tensor([3.0**0.5, 1.0]).to(dtype))
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_the_coarser_dtype_decides_what_is_antiparallel(dtypes):
+    g, m = (torch.tensor(x, dtype=dtype) for x, dtype in zip(([-1.0, 1e-5], [1.0, 0.0]), dtypes))
+    assert torch.equal(clip_angle(g, m, 1.0), g)
+
+
 @pytest.mark.parametrize("g, m, max_angle, message", [
     (torch.ones(2), torch.ones(3), 1.0, "grad and momentum must have the same shape"),
     (torch.ones(2).long(), torch.ones(2), 1.0, "grad must be a real"),
@@ -236,16 +242,20 @@ def test_state_is_adams_and_wide(dtype, state_dtype):
     assert w.dtype == dtype
 
 
-def test_bfloat16_parameters_follow_the_float32_trajectory():
-    """lr 1/16 near 1: every step is far above the spacing of bfloat16: only rounding to it separates the two."""
-    a, b = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    first, second = MoClip([a], lr=1 / 16), MoClip([b], lr=1 / 16)
-    for t in range(20):
-        gradient = torch.tensor([1.0, -1.0, 2.0, (-1.0) ** t]).bfloat16()
-        a.grad, b.grad = gradient.float(), gradient
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_half_precision_parameters_take_the_float32_step_rounded_once(dtype, weight_decay):
+    wide, half = torch.nn.Parameter(torch.ones(64)), torch.nn.Parameter(torch.ones(64, dtype=dtype))
+    options = dict(lr=1 / 17, weight_decay=weight_decay, max_angle=1.2)
+    first, second = MoClip([wide], **options), MoClip([half], **options)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        half.grad = torch.randn(64, generator=generator).to(dtype)
+        wide.data, wide.grad = half.detach().float(), half.grad.float()  # from the same weights
         first.step(), second.step()
-        assert torch.equal(first.state[a]["exp_avg"], second.state[b]["exp_avg"])
-    torch.testing.assert_close(a, b.float(), rtol=0, atol=20 * 2.0**-8 * 2.5)  # half a spacing at |w| < 2.5, 20 times
+        assert torch.equal(wide.to(dtype), half)
+        assert all(torch.equal(first.state[wide][key], x) for key, x in second.state[half].items())
+    assert first.last_clipped
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
