@@ -103,10 +103,16 @@ def test_a_single_position_needs_no_leading_dimension():
     assert rows_of(record_topk(Z[0], Y[0], 0.8)) == rows_of(RECORD)[:1]
 
 
-@given(st.integers(1, 3), st.integers(1, 4))
-def test_leading_dimensions_are_flattened_row_major(B, T):
-    z, y = torch.randn(B, T, 9), torch.randint(9, (B, T))
-    assert rows_of(record_topk(z, y, 0.7)) == rows_of(record_topk(z.reshape(-1, 9), y.flatten(), 0.7))
+def test_the_rows_of_every_chunk_are_those_recorded_alone():
+    V, N = 2**18, 17  # 5 rows a chunk: one has an ignored row, one nothing else, the last is short
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(N, V, generator=generator) * torch.tensor([0.1, 5.0]).repeat(N)[:N, None]  # wide and narrow rows
+    y = torch.randint(V, (N,), generator=generator)
+    y[[3, *range(10, 15)]] = -100
+    record = record_topk(z, y, 0.5)
+    alone = ReplayRecord.concat(record_topk(z[t:t + 1], y[t:t + 1], 0.5) for t in range(N))
+    assert rows_of(record) == rows_of(alone)
+    torch.testing.assert_close(record.outside_mass, alone.outside_mass, rtol=16 * EPS[torch.float32], atol=0)
 
 
 @given(logits_and_targets(), st.data())
@@ -202,6 +208,27 @@ def test_shapes_ignore_index_and_reductions_are_those_of_cross_entropy():
         options = dict(ignore_index=4, reduction="none", tail=tail)
         linear = linear_replay_cross_entropy(z, torch.eye(7), y, record, **options)
         torch.testing.assert_close(linear, replay_cross_entropy(z, y, record, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+def test_strides_leading_dimensions_and_the_kind_of_integers_change_nothing(dtype):
+    torch.manual_seed(0)
+    z, ids, h, W = torch.randn(2, 6, 9), torch.randint(9, (2, 6)), torch.randn(2, 4, 5), torch.randn(4, 9)
+    odd = z[:, :-1], ids.to(dtype)[:, 1:], h.mT, W.T, torch.randn(1).expand(9)  # shifted, transposed, expanded
+    plain = *(x.flatten(0, 1) for x in (odd[0], odd[1].long(), odd[2])), odd[3].contiguous(), odd[4].contiguous()
+
+    def everything_there_is(z, y, h, W, bias):
+        record = record_topk(z, y, 0.7)
+        tail = sample_tail(y, 9, 2, generator=torch.Generator().manual_seed(0))
+        leaves = [x.detach().requires_grad_() for x in (z, h, W)]
+        losses = [f for t in (None, tail) for f in (
+            replay_cross_entropy(leaves[0], y, record, tail=t),
+            linear_replay_cross_entropy(*leaves[1:], y, record, linear_bias=bias, tail=t))]
+        return [record.token_ids, tail.token_ids, outside_mass(z, record), *losses,
+                *torch.autograd.grad(sum(losses), leaves)]
+
+    for a, b in zip(everything_there_is(*odd), everything_there_is(*plain), strict=True):
+        torch.testing.assert_close(a.reshape(b.shape), b, rtol=0, atol=8 * EPS[torch.float32])  # sums in another order
 
 
 @pytest.mark.parametrize("form", [0, 1])
@@ -404,6 +431,14 @@ def test_an_empty_tail_is_no_tail_to_the_last_bit(case, tau):
         assert torch.equal(without, empty)
 
 
+@pytest.mark.parametrize("tail", [None, everything(8)], ids=["none", "tail"])
+def test_a_constant_on_all_logits_changes_no_bit(tail):
+    z, y = torch.arange(-12.0, 12.0).reshape(3, 8) / 8, torch.tensor([7, 0, 3])  # 2^19 + z is exact in float32
+    record = record_topk(z, y, 0.8)
+    for (_, a), (_, b) in zip(*(both_forms(x, y, record, tail=tail, reduction="none") for x in (z, z + 2.0**19))):
+        assert torch.equal(a, b)
+
+
 @given(st.data())
 def test_a_sample_holds_every_gold_surely_and_others_with_the_inverse_of_their_probability(data):
     _, target = data.draw(logits_and_targets(max_rows=8, sizes=(1, 2, 3, 8, 40)))
@@ -418,6 +453,11 @@ def test_a_sample_holds_every_gold_surely_and_others_with_the_inverse_of_their_p
     assert (ids, tail.log_weight.tolist()) == (expected[0], pytest.approx(expected[1], rel=EPS[torch.float32]))
     again = sample_tail(target, V, size, generator=generator.manual_seed(generator.initial_seed()))
     assert all(torch.equal(a, b) for a, b in zip(tail, again))
+
+
+def test_sample_tail_ignores_a_token_id():
+    tail = sample_tail(torch.tensor([4, 2, 4]), 7, 0, ignore_index=4)
+    assert tail.token_ids.tolist() == [2]
 
 
 def test_the_mean_of_the_estimate_over_all_samples_is_what_the_subset_leaves_out():
@@ -540,6 +580,20 @@ def test_an_ignored_row_takes_no_part_in_the_tail_whatever_it_holds(reduction):
     assert not dh[1].any()
 
 
+def test_a_row_that_was_recorded_may_be_ignored_later():
+    z, y = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)).requires_grad_(), torch.tensor([1, 2, 3])
+    record, later = record_topk(z, y, 0.5), torch.tensor([1, -100, 3])
+    for tail in None, everything(7):
+        for leaf, loss in both_forms(z, later, record, tail=tail, reduction="none"):
+            assert loss[1] == 0 and loss[0] > 0 and not torch.autograd.grad(loss.sum(), leaf)[0][1].any()
+
+
+def test_an_ignored_row_whose_tail_is_out_of_the_range_of_exp_has_no_gradient():
+    z, y = torch.tensor([[0.0, 0.0], [-1e4, -1e4]], requires_grad=True), torch.tensor([0, -100])
+    for leaf, loss in both_forms(z, y, record_topk(z, y, 0.5), tail=everything(2), reduction="none"):
+        assert torch.autograd.grad(loss.sum(), leaf)[0].tolist() == [[-0.5, 0.5], [0.0, 0.0]]
+
+
 IDS, WEIGHTS = torch.tensor([0, 2]), torch.zeros(2)
 
 
@@ -582,6 +636,16 @@ def test_a_tail_token_whose_logit_is_not_finite_is_refused_by_row():
     huge = torch.full((1, 2), 3e38)  # finite, but their sum is not
     record = ReplayRecord(torch.tensor([0], dtype=torch.int32), torch.arange(2), torch.zeros(1), 2, 0.5)
     assert linear_replay_cross_entropy(huge, torch.eye(2), torch.tensor([0]), record, tail=everything(2)).isfinite()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("tail", [None, everything(4)], ids=["none", "tail"])
+def test_a_scored_row_that_is_not_finite_is_refused_with_a_tail_too(bad, tail):
+    z = Z * torch.tensor([[1.0], [bad], [1.0]])
+    with pytest.raises(ValueError, match=r"must be finite \(row 1\)"):
+        replay_cross_entropy(z, Y, RECORD, tail=tail)
+    with pytest.raises(ValueError, match=r"must be finite \(row 1\)"):
+        linear_replay_cross_entropy(z, torch.eye(4), Y, RECORD, tail=tail)
 
 
 def test_what_is_recorded_and_sampled_under_inference_mode_can_be_trained_on():
@@ -679,8 +743,8 @@ def test_positions_outside_the_record_are_refused(positions):
 
 
 def test_concat_joins_in_order_and_refuses_what_differs():
-    joined = ReplayRecord.concat([RECORD, RECORD.select([1]), RECORD.select([])])
-    assert rows_of(joined) == rows_of(RECORD) + [rows_of(RECORD)[1]]
+    joined = ReplayRecord.concat(iter([RECORD, RECORD.select([1]), RECORD.select([])]))
+    assert same(joined, RECORD.select([0, 1, 2, 1]))
     with pytest.raises(ValueError, match=r"records\[1\]"):
         ReplayRecord.concat([RECORD, record_topk(Z, Y, 0.9)])
     with pytest.raises(ValueError, match="^records must hold at least one record$"):
@@ -728,7 +792,8 @@ def test_a_record_moves_with_all_its_fields(device):
 
 
 def same(a, b):
-    return all(torch.equal(torch.as_tensor(getattr(a, name)), torch.as_tensor(getattr(b, name))) for name in FIELDS)
+    return (a.vocab_size, a.tau) == (b.vocab_size, b.tau) and all(
+        torch.equal(getattr(a, name), getattr(b, name)) for name in logits_replay.DTYPES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -199,6 +199,16 @@ def test_an_antiparallel_gradient_restarts_the_momentum(scope):
         assert pair.optimizer.state[pair.weights[1]]["exp_avg"].item() == pytest.approx(1 - 0.9**6)
 
 
+def test_every_group_has_its_own_cap_in_tensor_scope():
+    groups = [dict(params=[torch.nn.Parameter(torch.zeros(2))], max_angle=cap) for cap in (1.0, 0.5)]
+    optimizer = MoClip(groups, scope="tensor", betas=(0.5, 0.9))
+    for g in torch.tensor([2.0, 0.0]), torch.tensor([1.0, 1.0]):  # 45 degrees from the momentum (1, 0)
+        for group in groups:
+            group["params"][0].grad = g.clone()
+        optimizer.step()
+    assert optimizer.last_clipped.tolist() == [False, True]
+
+
 def train(optimizer, weights, steps, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
@@ -362,9 +372,10 @@ class NoSync(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])
-def test_a_step_never_reads_a_value_on_the_host(scope):
+@pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3)], ids=["float", "tensor"])
+def test_a_step_never_reads_a_value_on_the_host(scope, lr):
     weights = [torch.nn.Parameter(torch.randn(3)), torch.nn.Parameter(torch.randn(2, 2))]
-    optimizer = MoClip(weights, max_angle=0.2, weight_decay=0.1, scope=scope)
+    optimizer = MoClip(weights, lr=lr, max_angle=0.2, weight_decay=0.1, scope=scope)
     with NoSync():
         train(optimizer, weights, 3)
     assert optimizer.last_clipped.any()
