@@ -41,7 +41,8 @@ def probabilities(logits):
 @pytest.mark.parametrize("dtype", EPS)
 @given(data=st.data(), tau=taus, max_size=st.one_of(st.none(), st.integers(1, 80)))
 def test_record_equals_the_reference_token_for_token(dtype, data, tau, max_size):
-    logits, target = data.draw(logits_and_targets(dtype))
+    # 5000: wide enough for the histogram
+    logits, target = data.draw(logits_and_targets(dtype, sizes=(1, 2, 3, 8, 40, 64, 65, 200, 5000)))
     record = record_topk(logits, target, tau, max_size=max_size)
     rows, outside = reference.record_topk(probabilities(logits), target.tolist(), tau, max_size)
     assert rows_of(record) == rows
@@ -145,19 +146,35 @@ def both_forms(z, target, record, bias=None, **options):
     yield z, linear_replay_cross_entropy(z, eye, target, record, linear_bias=bias, **options)
 
 
-@given(logits_and_targets(torch.float64, sizes=(1, 2, 3, 8, 40, 70)), taus)
-def test_loss_and_gradient_equal_the_reference(case, tau):
-    logits, target = case
-    record = record_topk(logits, target, tau)
-    losses, gradients = reference.replay_cross_entropy(logits.tolist(), target.tolist(), rows_of(record))
-    scale = 1 + logits.abs().amax().item()  # exp(z) has relative error eps |z|
-    for z, loss in both_forms(logits.clone().requires_grad_(), target, record, reduction="none"):
-        assert loss.tolist() == pytest.approx(losses, rel=1e-15, abs=8 * EPS[torch.float64] * scale)
+def everything(V, dtype=torch.float32):
+    return Tail(torch.arange(V), torch.zeros(V, dtype=dtype))
+
+
+@st.composite
+def tails(draw, V):
+    """Any tail: ids that meet the subsets or not, none or all of V, weights from e^-5 to e^20."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    ids = np.flatnonzero(rng.random(V) < draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])))
+    return Tail(torch.tensor(ids, dtype=torch.int64), torch.tensor(rng.uniform(-5, 20, size=len(ids))))
+
+
+@given(st.data(), taus)
+def test_loss_and_gradient_equal_the_reference(data, tau):
+    logits, target = data.draw(logits_and_targets(torch.float64, sizes=(1, 2, 3, 8, 40, 70)))
+    record, tail = record_topk(logits, target, tau), data.draw(st.none() | tails(logits.shape[1]))
+    plain = {} if tail is None else dict(tail=[x.tolist() for x in tail])
+    losses, gradients = reference.replay_cross_entropy(logits.tolist(), target.tolist(), rows_of(record), **plain)
+    scored = torch.zeros_like(logits, dtype=torch.bool)
+    scored[record.rows, record.token_ids] = True
+    if tail is not None:
+        scored[target != -100] |= torch.zeros(logits.shape[1], dtype=torch.bool).index_fill(0, tail.token_ids, True)
+    # exp(z + log w) has the relative error eps |z + log w|, row by row
+    tolerance = 8 * EPS[torch.float64] * ((1 if tail is None else 20) + logits.abs().amax(1).numpy())
+    for z, loss in both_forms(logits.clone().requires_grad_(), target, record, tail=tail, reduction="none"):
         gradient, = torch.autograd.grad(loss.sum(), z)
-        assert gradient.numpy() == pytest.approx(np.array(gradients), abs=8 * EPS[torch.float64] * scale)
-        outside = torch.ones_like(logits, dtype=torch.bool)
-        outside[record.rows, record.token_ids.long()] = False
-        assert not gradient[outside].any()  # exactly zero
+        assert (abs(loss.detach().numpy() - losses) <= tolerance + 1e-15 * abs(np.array(losses))).all()
+        assert (abs(gradient.numpy() - gradients) <= tolerance[:, None]).all()
+        assert not gradient[~scored].any()  # exactly zero
 
 
 @given(st.data())
@@ -167,26 +184,32 @@ def test_linear_form_equals_the_reference_in_every_argument(data):
     (N, V), d = z.shape, 3
     h, W, bias = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
                   for shape in ((N, d), (V, d), (V,)))
-    record = record_topk(z, y, 0.8)
-    loss = linear_replay_cross_entropy(h, W, y, record, linear_bias=bias, reduction="sum")
-    losses, gradients = reference.replay_cross_entropy(reference.linear(h.tolist(), W.tolist(), bias.tolist()),
-                                                       y.tolist(), rows_of(record))
-    assert loss.item() == pytest.approx(math.fsum(losses), abs=1e-13)
+    record, tail = record_topk(z, y, 0.8), data.draw(st.none() | tails(V))
+    loss = linear_replay_cross_entropy(h, W, y, record, linear_bias=bias, tail=tail, reduction="sum")
+    losses, gradients = reference.replay_cross_entropy(
+        reference.linear(h.tolist(), W.tolist(), bias.tolist()), y.tolist(), rows_of(record),
+        **({} if tail is None else dict(tail=[x.tolist() for x in tail])))
+    assert loss.item() == pytest.approx(math.fsum(losses), abs=1e-13)  # logits of size 10 and log-weights of 20
     for mine, expected in zip(torch.autograd.grad(loss, (h, W, bias)),
                               reference.linear_gradients(h.tolist(), W.tolist(), gradients)):
         assert mine.numpy() == pytest.approx(np.array(expected), abs=1e-13)  # N d + V terms of size 10 at most
 
 
-@given(logits_and_targets(torch.float64), st.sampled_from(["mean", "sum", "none"]))
-def test_on_the_whole_vocabulary_it_is_cross_entropy(case, reduction):
+@given(logits_and_targets(torch.float64), taus, st.sampled_from(["mean", "sum", "none"]))
+def test_on_the_whole_vocabulary_it_is_cross_entropy(case, tau, reduction):
     logits, target = case
-    (N, V), counted = logits.shape, target != -100
-    record = ReplayRecord(torch.arange(V, dtype=torch.int32).repeat(int(counted.sum())),
-                          torch.cat([torch.zeros(1, dtype=torch.int64), (counted * V).cumsum(0)]),
-                          torch.zeros(N), V, 1.0)
+    V, record = logits.shape[1], record_topk(logits, target, tau)
+    counted = target != -100
+    full = ReplayRecord(torch.arange(V, dtype=torch.int32).repeat(int(counted.sum())),
+                        torch.cat([torch.zeros(1, dtype=torch.int64), (counted * V).cumsum(0)]),
+                        torch.zeros(len(target)), V, 1.0)
     expected = F.cross_entropy(logits, target, reduction=reduction)  # nan for "mean" where all are ignored
-    for _, loss in both_forms(logits, target, record, reduction=reduction):
-        torch.testing.assert_close(loss, expected, equal_nan=True, rtol=1e-12, atol=1e-12)
+    # the record holds it or, whatever the record, the tail; a sample of all that are not gold is everything
+    for rows, tail in ((full, None), (record, everything(V)), (record, sample_tail(target, V, V)),
+                       (record, sample_tail(target, V, V - len(set(target.tolist()) - {-100})))):
+        assert tail is None or tail.token_ids.tolist() == list(range(V)) and not tail.log_weight.any()
+        for _, loss in both_forms(logits, target, rows, tail=tail, reduction=reduction):
+            torch.testing.assert_close(loss, expected, equal_nan=True, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -231,16 +254,18 @@ def test_strides_leading_dimensions_and_the_kind_of_integers_change_nothing(dtyp
         torch.testing.assert_close(a.reshape(b.shape), b, rtol=0, atol=8 * EPS[torch.float32])  # sums in another order
 
 
+@pytest.mark.parametrize("size", [None, 5])
 @pytest.mark.parametrize("form", [0, 1])
-def test_derivatives_and_second_derivatives(form):
+def test_derivatives_and_second_derivatives(form, size):
     torch.manual_seed(0)
     h, W, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 4), (20, 4), (20,)))
     y = torch.tensor([3, 19, -100, 0, 7, 7])
-    record = record_topk(h @ W.T + b, y, 0.9)
-    function = (lambda h, W, b: replay_cross_entropy(h @ W.T + b, y, record),
-                lambda h, W, b: linear_replay_cross_entropy(h, W, y, record, linear_bias=b))[form]
+    record, tail = record_topk(h @ W.T + b, y, 0.9 if size is None else 0.5), size and sample_tail(y, 20, size)
+    function = (lambda h, W, b: replay_cross_entropy(h @ W.T + b, y, record, tail=tail),
+                lambda h, W, b: linear_replay_cross_entropy(h, W, y, record, linear_bias=b, tail=tail))[form]
     assert torch.autograd.gradcheck(function, (h, W, b)) and torch.autograd.gradgradcheck(function, (h, W, b))
-    for wanted in ((h, W, b), (h,), (W,)):  # gradgradcheck passes over a gradient that cannot be differentiated again
+    # gradgradcheck passes over a gradient that cannot be differentiated again
+    for wanted in ((h, W, b), (h,), (W,), (b,)):
         inputs = [x if any(x is w for w in wanted) else x.detach() for x in (h, W, b)]
         twice = torch.autograd.grad(function(*inputs), wanted, create_graph=True)
         assert all(gradient.requires_grad for gradient in twice)
@@ -248,17 +273,18 @@ def test_derivatives_and_second_derivatives(form):
                                    rtol=0, atol=1e-14)
 
 
-def test_where_torch_cannot_sample_the_logits_are_gathered_to_the_same_loss_and_gradients(monkeypatch):
+@pytest.mark.parametrize("size", [None, 5])
+def test_where_torch_cannot_sample_the_logits_are_gathered_to_the_same_loss_and_gradients(size, monkeypatch):
     torch.manual_seed(0)
     h, W, y = torch.randn(6, 4, requires_grad=True), torch.randn(20, 4, requires_grad=True), torch.arange(6)
-    record = record_topk(h @ W.T, y, 0.9)
+    record, tail = record_topk(h @ W.T, y, 0.9 if size is None else 0.5), size and sample_tail(y, 20, size)
     calls, gather = [], logits_replay._gathered_logits
     monkeypatch.setattr(logits_replay, "_gathered_logits", lambda *args: calls.append(0) or gather(*args))
-    loss = linear_replay_cross_entropy(h, W, y, record)
+    loss = linear_replay_cross_entropy(h, W, y, record, tail=tail)
     expected = loss, *torch.autograd.grad(loss, (h, W))
     assert not calls
     monkeypatch.setattr(logits_replay, "SAMPLED_ON", ())
-    loss = linear_replay_cross_entropy(h, W, y, record)
+    loss = linear_replay_cross_entropy(h, W, y, record, tail=tail)
     # logits of size 10 at most, from d = 4 products: each rounded once and added with three more roundings
     torch.testing.assert_close((loss, *torch.autograd.grad(loss, (h, W))), expected, rtol=0, atol=8 * 2.0**-23 * 10)
     assert len(calls) == 1
@@ -280,24 +306,31 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def test_no_gradient_is_computed_for_a_frozen_head_or_body():
+@pytest.mark.parametrize("size", [None, 5])
+def test_no_gradient_is_computed_for_a_frozen_head_or_body(size):
+    y = torch.arange(3)
     for h, W in itertools.product((torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)),
                                   (torch.randn(9, 4), torch.randn(9, 4, requires_grad=True))):
-        loss = linear_replay_cross_entropy(h, W, torch.arange(3), record_topk(h @ W.T, torch.arange(3), 0.9))
+        tail = size and sample_tail(y, 9, size)
+        loss = linear_replay_cross_entropy(h, W, y, record_topk(h @ W.T, y, 0.5), tail=tail)
         if loss.requires_grad:
             with Watch() as seen:
                 loss.backward()
-            assert seen.products == h.requires_grad + W.requires_grad
+            # one product for each, and one more for the tail's part
+            assert seen.products == (2 if tail else 1) * (h.requires_grad + W.requires_grad)
         assert (h.grad is not None, W.grad is not None) == (h.requires_grad, W.requires_grad)
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
-def test_huge_logits_stay_finite(size):
+@pytest.mark.parametrize("tail", [None, everything(3)], ids=["none", "tail"])
+def test_huge_logits_stay_finite(size, tail):
     z = torch.tensor([[size, 0.0, -size], [-size, size, 0.0]], requires_grad=True)
     y = torch.tensor([2, 1])
-    for leaf, loss in both_forms(z, y, record_topk(z, y, 1.0), reduction="none"):
+    record = record_topk(z, y, 1.0) if tail is None else ReplayRecord(
+        torch.tensor([2, 1], dtype=torch.int32), torch.arange(3), torch.zeros(2), 3, 0.5)
+    for leaf, loss in both_forms(z, y, record, tail=tail, reduction="none"):
         assert loss.isfinite().all() and torch.autograd.grad(loss.sum(), leaf)[0].isfinite().all()
-        assert loss.tolist() == pytest.approx(F.cross_entropy(z, y, reduction="none").tolist())
+        assert torch.equal(loss, F.cross_entropy(z, y, reduction="none"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -333,13 +366,15 @@ def test_recording_makes_no_tensor_many_times_larger_than_the_logits():
     assert record.subset_sizes.min() > 64 and seen.elements <= 2 * N * V
 
 
-def test_the_linear_form_never_makes_an_N_by_V_tensor():
+@pytest.mark.parametrize("size", [None, 50])
+def test_the_linear_form_never_makes_an_N_by_V_tensor(size):
     N, V, d = 300, 5000, 4
-    h, W, y = torch.randn(N, d, requires_grad=True), torch.randn(V, d, requires_grad=True), torch.randint(V, (N,))
-    record = ReplayRecord(y.int(), torch.arange(N + 1), torch.zeros(N), V, 0.5)
+    h, W, y = torch.randn(N, d, requires_grad=True), torch.randn(V, d, requires_grad=True), torch.randint(40, (N,))
+    record, tail = ReplayRecord(y.int(), torch.arange(N + 1), torch.zeros(N), V, 0.5), size and sample_tail(y, V, size)
     with Watch() as seen:
-        linear_replay_cross_entropy(h, W, y, record).backward()
-    assert seen.elements <= V * d  # dL/dW
+        linear_replay_cross_entropy(h, W, y, record, tail=tail).backward()
+    # dL/dW, and (N, M) with one column to spare
+    assert seen.elements <= max(V * d, N * (len(tail.token_ids) + 1) if tail else 0)
 
 
 def test_outside_mass_never_rounds_to_more_than_one():
@@ -361,66 +396,6 @@ def test_outside_mass_of_half_precision_logits_is_that_of_their_float32_values(d
 
 
 # -------------------------------------------------------------------------------------------------------------- tail
-
-def everything(V, dtype=torch.float32):
-    return Tail(torch.arange(V), torch.zeros(V, dtype=dtype))
-
-
-@st.composite
-def tails(draw, V):
-    """Any tail: ids that meet the subsets or not, none or all of V, weights from e^-5 to e^20."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    ids = np.flatnonzero(rng.random(V) < draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])))
-    return Tail(torch.tensor(ids, dtype=torch.int64), torch.tensor(rng.uniform(-5, 20, size=len(ids))))
-
-
-@given(st.data(), taus)
-def test_loss_and_gradient_with_a_tail_equal_the_reference(data, tau):
-    logits, target = data.draw(logits_and_targets(torch.float64, sizes=(1, 2, 3, 8, 40, 70)))
-    record, tail = record_topk(logits, target, tau), data.draw(tails(logits.shape[1]))
-    plain = [x.tolist() for x in tail]
-    losses, gradients = reference.replay_cross_entropy(logits.tolist(), target.tolist(), rows_of(record), tail=plain)
-    scale = 20 + logits.abs().amax().item()  # exp(z + log w) has relative error eps |z + log w|
-    for z, loss in both_forms(logits.clone().requires_grad_(), target, record, tail=tail, reduction="none"):
-        assert loss.tolist() == pytest.approx(losses, rel=1e-15, abs=8 * EPS[torch.float64] * scale)
-        gradient, = torch.autograd.grad(loss.sum(), z)
-        assert gradient.numpy() == pytest.approx(np.array(gradients), abs=8 * EPS[torch.float64] * scale)
-        unscored = torch.ones_like(logits, dtype=torch.bool)
-        unscored[record.rows, record.token_ids.long()] = False
-        unscored[:, tail.token_ids] = False
-        assert not gradient[unscored].any() and not gradient[target == -100].any()  # exactly zero
-
-
-@given(st.data())
-def test_linear_form_with_a_tail_equals_the_reference_in_every_argument(data):
-    z, y = data.draw(logits_and_targets(torch.float64, sizes=(2, 5, 30)))
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
-    (N, V), d = z.shape, 3
-    h, W, bias = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-                  for shape in ((N, d), (V, d), (V,)))
-    record, tail = record_topk(z, y, 0.8), data.draw(tails(V))
-    loss = linear_replay_cross_entropy(h, W, y, record, linear_bias=bias, tail=tail, reduction="sum")
-    logits = reference.linear(h.tolist(), W.tolist(), bias.tolist())
-    losses, gradients = reference.replay_cross_entropy(logits, y.tolist(), rows_of(record),
-                                                       tail=[x.tolist() for x in tail])
-    assert loss.item() == pytest.approx(math.fsum(losses), abs=1e-12)  # logits of size 10 and log-weights of 20
-    for mine, expected in zip(torch.autograd.grad(loss, (h, W, bias)),
-                              reference.linear_gradients(h.tolist(), W.tolist(), gradients)):
-        assert mine.numpy() == pytest.approx(np.array(expected), abs=1e-12)
-
-
-@given(logits_and_targets(torch.float64), taus, st.sampled_from(["mean", "sum", "none"]))
-def test_a_tail_of_everything_makes_it_cross_entropy(case, tau, reduction):
-    logits, target = case
-    V, expected = logits.shape[1], F.cross_entropy(*case, reduction=reduction)
-    record = record_topk(logits, target, tau)
-    # whatever the record; a sample of all that are not gold is everything
-    for tail in (everything(V), sample_tail(target, V, V),
-                 sample_tail(target, V, V - len(set(target.tolist()) - {-100}))):
-        assert tail.token_ids.tolist() == list(range(V)) and not tail.log_weight.any()
-        for _, loss in both_forms(logits, target, record, tail=tail, reduction=reduction):
-            torch.testing.assert_close(loss, expected, equal_nan=True, rtol=1e-12, atol=1e-12)
-
 
 @given(logits_and_targets(), taus)
 def test_an_empty_tail_is_no_tail_to_the_last_bit(case, tau):
@@ -479,65 +454,6 @@ def test_the_mean_of_the_estimate_over_all_samples_is_what_the_subset_leaves_out
     assert losses.mean(0).le(F.cross_entropy(z, target, reduction="none")).all()  # R9(b)
 
 
-@pytest.mark.parametrize("form", [0, 1])
-def test_derivatives_and_second_derivatives_with_a_tail(form):
-    torch.manual_seed(0)
-    h, W, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 4), (20, 4), (20,)))
-    y = torch.tensor([3, 19, -100, 0, 7, 7])
-    record, tail = record_topk(h @ W.T + b, y, 0.5), sample_tail(y, 20, 5)
-    function = (lambda h, W, b: replay_cross_entropy(h @ W.T + b, y, record, tail=tail),
-                lambda h, W, b: linear_replay_cross_entropy(h, W, y, record, linear_bias=b, tail=tail))[form]
-    assert torch.autograd.gradcheck(function, (h, W, b)) and torch.autograd.gradgradcheck(function, (h, W, b))
-    for wanted in ((h, W, b), (h,), (W,)):
-        inputs = [x if any(x is w for w in wanted) else x.detach() for x in (h, W, b)]
-        twice = torch.autograd.grad(function(*inputs), wanted, create_graph=True)
-        assert all(gradient.requires_grad for gradient in twice)
-        torch.testing.assert_close(twice, torch.autograd.grad(function(*inputs), wanted),  # the fast path's
-                                   rtol=0, atol=1e-14)
-
-
-def test_a_tail_is_gathered_to_the_same_loss_and_gradients(monkeypatch):
-    torch.manual_seed(0)
-    h, W, y = torch.randn(6, 4, requires_grad=True), torch.randn(20, 4, requires_grad=True), torch.arange(6)
-    record, tail = record_topk(h @ W.T, y, 0.5), sample_tail(y, 20, 4)
-    loss = linear_replay_cross_entropy(h, W, y, record, tail=tail)
-    expected = loss, *torch.autograd.grad(loss, (h, W))
-    monkeypatch.setattr(logits_replay, "SAMPLED_ON", ())
-    loss = linear_replay_cross_entropy(h, W, y, record, tail=tail)
-    torch.testing.assert_close((loss, *torch.autograd.grad(loss, (h, W))), expected, rtol=0, atol=8 * 2.0**-23 * 10)
-
-
-def test_a_frozen_head_or_body_gets_no_gradient_from_the_tail():
-    for h, W in itertools.product((torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)),
-                                  (torch.randn(9, 4), torch.randn(9, 4, requires_grad=True))):
-        y = torch.arange(3)
-        loss = linear_replay_cross_entropy(h, W, y, record_topk(h @ W.T, y, 0.5), tail=sample_tail(y, 9, 2))
-        if loss.requires_grad:
-            with Watch() as seen:
-                loss.backward()
-            assert seen.products == 2 * (h.requires_grad + W.requires_grad)  # two each: the record's and the tail's
-        assert (h.grad is not None, W.grad is not None) == (h.requires_grad, W.requires_grad)
-
-
-@pytest.mark.parametrize("size", [1e4, -1e4])
-def test_huge_logits_of_a_tail_stay_finite(size):
-    z = torch.tensor([[size, 0.0, -size], [-size, size, 0.0]], requires_grad=True)
-    record, y = (ReplayRecord(torch.tensor([2, 0], dtype=torch.int32), torch.arange(3), torch.zeros(2), 3, 0.5),
-                 torch.tensor([2, 0]))
-    for leaf, loss in both_forms(z, y, record, tail=everything(3), reduction="none"):
-        assert loss.isfinite().all() and torch.autograd.grad(loss.sum(), leaf)[0].isfinite().all()
-        assert loss.tolist() == pytest.approx(F.cross_entropy(z, y, reduction="none").tolist())
-
-
-def test_the_linear_form_with_a_tail_never_makes_an_N_by_V_tensor():
-    N, V, d = 300, 5000, 4
-    h, W, y = torch.randn(N, d, requires_grad=True), torch.randn(V, d, requires_grad=True), torch.randint(40, (N,))
-    record, tail = ReplayRecord(y.int(), torch.arange(N + 1), torch.zeros(N), V, 0.5), sample_tail(y, V, 50)
-    with Watch() as seen:
-        linear_replay_cross_entropy(h, W, y, record, tail=tail).backward()
-    assert seen.elements <= max(V * d, N * (len(tail.token_ids) + 1))  # dL/dW, and (N, M) with one column to spare
-
-
 class Reads(TorchDispatchMode):
     """Counts the operations that wait for the device: those whose result's value or shape the host needs."""
 
@@ -565,11 +481,12 @@ def test_a_tail_adds_no_wait_for_the_device():
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.parametrize("size", [None, 3])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_an_ignored_row_takes_no_part_in_the_tail_whatever_it_holds(reduction):
+def test_an_ignored_row_takes_no_part_whatever_it_holds(reduction, size):
     torch.manual_seed(0)
     h, W, y = torch.randn(3, 4), torch.randn(9, 4, requires_grad=True), torch.tensor([1, -100, 2])
-    record, tail = record_topk(h @ W.T, y, 0.5), sample_tail(y, 9, 3)
+    record, tail = record_topk(h @ W.T, y, 0.5), size and sample_tail(y, 9, size)
     h[1] = math.nan
     h.requires_grad_()
     loss = linear_replay_cross_entropy(h, W, y, record, tail=tail, reduction=reduction)
