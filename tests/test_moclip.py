@@ -120,8 +120,8 @@ def test_bad_input_to_the_rotation_and_to_the_angle_names_the_argument(g, m, max
 
 
 def test_empty_tensors_have_the_angle_0():
-    empty = torch.zeros(0)
-    assert angle_between(empty, empty) == 0 and clip_angle(empty, empty, 0.1).shape == (0,)
+    for empty in torch.zeros(0), torch.zeros(0, 2):
+        assert angle_between(empty, empty) == 0 and clip_angle(empty, empty, 0.1).shape == empty.shape
 
 
 # ----------------------------------------------------------------------------------------------------------- the step
