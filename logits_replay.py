@@ -352,7 +352,7 @@ def _cover(p: Tensor, y: Tensor, tau: float, max_size):
         return row, token, rho
     wide = (~decided).nonzero()[:, 0]
     # float64 by rank: a histogram adds in another order, and at tau = 1 the last bit of the sum decides; float32
-    # terms leave a float64 sum 29 bits to spare. At small V the bins would outweigh the row; by rank is as fast there
+    # terms leave a float64 sum 29 bits to spare. Nor at small V: the bins would outweigh the row
     if max_size is None and p.dtype == torch.float32 and V > 4096:
         wide_row, wide_token, rho[wide] = _cover_by_histogram(p[wide], y[wide], tau)
     else:
