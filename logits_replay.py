@@ -120,6 +120,7 @@ class ReplayRecord:
 
 # ------------------------------------------------------------------------------------------------------------- Stage 0
 
+@torch.inference_mode(False)  # also inside it: autograd saves the record's tensors, and refuses those made under it
 @torch.no_grad()
 def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ignore_index=-100) -> ReplayRecord:
     """Stage 0: the smallest set of most probable tokens that covers tau, and the gold token, for every position.
@@ -260,6 +261,7 @@ class Tail(NamedTuple):
     log_weight: Tensor
 
 
+@torch.inference_mode(False)
 def sample_tail(target: Tensor, vocab_size: int, size: int, *, ignore_index=-100, generator=None) -> Tail:
     """A random tail for one batch: its distinct gold tokens, surely, and `size` of the M0 others, uniformly.
 
@@ -339,7 +341,8 @@ def _cover(p: Tensor, y: Tensor, tau: float, max_size):
     """S_t of the rows p (n, V) with gold y (n, 1), as (row, token) pairs in order, and rho_t (n,). Consumes p.
 
     The 64 most probable tokens are tried first: they decide a confident row at a tenth of the price of a sort. The
-    other rows are covered by a histogram of their probabilities or, where that could err, by rank over the whole row.
+    other rows are covered by a histogram of their probabilities or, where that could err and where V is small, by rank
+    over the whole row.
     """
     V = p.shape[1]
     limit = min(max_size or V, V)
@@ -349,8 +352,8 @@ def _cover(p: Tensor, y: Tensor, tau: float, max_size):
         return row, token, rho
     wide = (~decided).nonzero()[:, 0]
     # float64 by rank: a histogram adds in another order, and at tau = 1 the last bit of the sum decides; float32
-    # terms leave a float64 sum 29 bits to spare
-    if max_size is None and p.dtype == torch.float32:
+    # terms leave a float64 sum 29 bits to spare. Nor at small V: the bins would outweigh the row
+    if max_size is None and p.dtype == torch.float32 and V > 4096:
         wide_row, wide_token, rho[wide] = _cover_by_histogram(p[wide], y[wide], tau)
     else:
         wide_row, wide_token, rho[wide], _ = _cover_by_rank(p[wide], y[wide], tau, V, limit)
@@ -449,20 +452,21 @@ class _SampledLogits(torch.autograd.Function):
     def backward(ctx, *grads):
         h, W, rows, offsets, ids, tail_ids = ctx.saved_tensors
         grads = grads[:1] if tail_ids is None else grads
-        if torch.is_grad_enabled():  # a second derivative is wanted: differentiate the plain formula
-            wanted = [x for x, needed in zip((h, W), ctx.needs_input_grad) if needed]
-            logits = _gathered_logits(h, W, rows, offsets, ids, tail_ids)[:len(grads)]
-            found = iter(torch.autograd.grad(logits, wanted, grads, create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None, None, None
-        G = _csr(offsets, ids, grads[0].contiguous(), (len(h), len(W)))
-        # dL/dh = G W,   dL/dW = G' h,   with G the (N, V) sparse matrix of dL/dz; and the same with dL/dz_tail
-        grad_h = G @ W if ctx.needs_input_grad[0] else None
-        grad_W = G.t() @ h if ctx.needs_input_grad[1] else None
-        if tail_ids is not None and grad_h is not None:
-            grad_h.addmm_(grads[1], W[tail_ids])
-        if tail_ids is not None and grad_W is not None:
-            grad_W.index_add_(0, tail_ids, grads[1].t() @ h)
-        return grad_h, grad_W, None, None, None, None
+        with torch.autocast(h.device.type, enabled=False):  # as in forward: the sparse products lack bfloat16
+            if torch.is_grad_enabled():  # a second derivative is wanted: differentiate the plain formula
+                wanted = [x for x, needed in zip((h, W), ctx.needs_input_grad) if needed]
+                logits = _gathered_logits(h, W, rows, offsets, ids, tail_ids)[:len(grads)]
+                found = iter(torch.autograd.grad(logits, wanted, grads, create_graph=True))
+                return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None, None, None
+            G = _csr(offsets, ids, grads[0].contiguous(), (len(h), len(W)))
+            # dL/dh = G W,   dL/dW = G' h,   with G the (N, V) sparse matrix of dL/dz; and the same with dL/dz_tail
+            grad_h = G @ W if ctx.needs_input_grad[0] else None
+            grad_W = G.t() @ h if ctx.needs_input_grad[1] else None
+            if tail_ids is not None and grad_h is not None:
+                grad_h.addmm_(grads[1], W[tail_ids])
+            if tail_ids is not None and grad_W is not None:
+                grad_W.index_add_(0, tail_ids, grads[1].t() @ h)
+            return grad_h, grad_W, None, None, None, None
 
 
 def _in_subset(token_ids: Tensor, record: ReplayRecord, rows: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def clip_angle(grad: Tensor, momentum: Tensor, max_angle: float) -> Tensor:
     m = m / _largest(m)
     theta, ratio = _angle([g / _largest(g)], [m])  # ratio: |g|/|m| of these two
     # g~ = A g + B m |g|/|m|,   A = sin(Delta) / sin(theta),   B = sin(theta - Delta) / sin(theta)   (THEORY.md M1)
-    A, B, _, _ = _rotation(theta, max_angle, torch.finfo(g.dtype).eps)
+    A, B, _, _ = _rotation(theta, max_angle, max(torch.finfo(x.dtype).eps for x in (g, m)))
     return (A * g).add_(m * (B * ratio * _largest(g))).to(grad.dtype)
 
 
@@ -175,7 +175,7 @@ class MoClip(torch.optim.Optimizer):
             denominator = torch.mul(v, (c1 * b)**2 / c2, out=rotated).sqrt_()
             update = torch.atan2(m, denominator, out=denominator).mul_(lr * a)
             if group["weight_decay"]:
-                update += lr * group["weight_decay"] * p
+                update += lr * group["weight_decay"] * _wide(p)
             p -= update
         return theta, clipped
 

@@ -41,11 +41,12 @@ def probabilities(logits):
 @pytest.mark.parametrize("dtype", EPS)
 @given(data=st.data(), tau=taus, max_size=st.one_of(st.none(), st.integers(1, 80)))
 def test_record_equals_the_reference_token_for_token(dtype, data, tau, max_size):
-    logits, target = data.draw(logits_and_targets(dtype))
+    # 5000: wide enough for the histogram
+    logits, target = data.draw(logits_and_targets(dtype, sizes=(1, 2, 3, 8, 40, 64, 65, 200, 5000)))
     record = record_topk(logits, target, tau, max_size=max_size)
     rows, outside = reference.record_topk(probabilities(logits), target.tolist(), tau, max_size)
     assert rows_of(record) == rows
-    # a float32 sum of at most V <= 1500 terms of total <= 1, added pairwise: under 16 roundings each
+    # a float32 sum of at most V <= 5000 terms of total <= 1, added pairwise: under 16 roundings each
     assert record.outside_mass.tolist() == pytest.approx(outside, rel=16 * EPS[torch.float32], abs=1e-38)
     assert (record.vocab_size, record.tau, len(record)) == (logits.shape[1], tau, len(target))
     assert record.subset_sizes.tolist() == [len(row) for row in rows]
@@ -59,13 +60,13 @@ def test_the_last_bit_of_the_running_sum_decides_at_tau_1():
     assert rows_of(record_topk(logits, torch.zeros(100, dtype=torch.long), 1.0)) == rows
 
 
-@pytest.mark.parametrize("V", [8, 64, 256, 4096])
+@pytest.mark.parametrize("V", [8, 64, 256, 4096, 8192])
 def test_uniform_row_reaches_a_dyadic_tau_exactly(V):
     record = record_topk(torch.zeros(1, V), torch.tensor([0]), 0.5)
     assert rows_of(record) == [list(range(V // 2))] and record.outside_mass.tolist() == [0.5]
 
 
-@pytest.mark.parametrize("V", [64, 65, 66, 1024, 1025, 3000])
+@pytest.mark.parametrize("V", [64, 65, 66, 1024, 1025, 5000])
 @pytest.mark.parametrize("K", [1, 2, 63, 64, 65, 66])
 def test_ties_at_the_edge_of_the_top_64_go_to_the_lowest_ids(V, K):
     K = min(K, V)  # of V equally probable tokens, K are needed
@@ -89,7 +90,7 @@ def test_max_size_counts_gold_which_displaces_the_last_token():
     assert rows_of(record_topk(z, torch.tensor([1]), 0.99, max_size=2)) == [[0, 1]]
 
 
-@given(st.integers(0, 10**6), st.sampled_from([2, 30, 64, 65, 400]), st.booleans())
+@given(st.integers(0, 10**6), st.sampled_from([2, 30, 64, 65, 400, 5000]), st.booleans())
 def test_the_running_sum_tells_tau_from_the_next_number(seed, V, above):
     p = torch.randn(1, V, generator=torch.Generator().manual_seed(seed)).softmax(-1)
     sums = np.cumsum(np.sort(p.log().softmax(-1)[0].numpy())[::-1].astype(np.float64))
@@ -103,10 +104,16 @@ def test_a_single_position_needs_no_leading_dimension():
     assert rows_of(record_topk(Z[0], Y[0], 0.8)) == rows_of(RECORD)[:1]
 
 
-@given(st.integers(1, 3), st.integers(1, 4))
-def test_leading_dimensions_are_flattened_row_major(B, T):
-    z, y = torch.randn(B, T, 9), torch.randint(9, (B, T))
-    assert rows_of(record_topk(z, y, 0.7)) == rows_of(record_topk(z.reshape(-1, 9), y.flatten(), 0.7))
+def test_the_rows_of_every_chunk_are_those_recorded_alone():
+    V, N = 2**18, 17  # 5 rows a chunk: one has an ignored row, one nothing else, the last is short
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(N, V, generator=generator) * torch.tensor([0.1, 5.0]).repeat(N)[:N, None]  # wide and narrow rows
+    y = torch.randint(V, (N,), generator=generator)
+    y[[3, *range(10, 15)]] = -100
+    record = record_topk(z, y, 0.5)
+    alone = ReplayRecord.concat(record_topk(z[t:t + 1], y[t:t + 1], 0.5) for t in range(N))
+    assert rows_of(record) == rows_of(alone)
+    torch.testing.assert_close(record.outside_mass, alone.outside_mass, rtol=16 * EPS[torch.float32], atol=0)
 
 
 @given(logits_and_targets(), st.data())
@@ -116,9 +123,8 @@ def test_outside_mass_equals_the_reference_under_another_model(case, data):
     other = logits + torch.tensor(
         np.random.default_rng(data.draw(st.integers(0, 99))).normal(size=logits.shape)).float()
     expected = reference.outside_mass(other.tolist(), rows_of(record))
-    # a relative error of a few eps |z| in exp, so of at most 1e4 eps for the widest rows; the sum itself adds less
-    scale = 4 * EPS[torch.float32] * (8 + other.abs().amax().item())
-    assert outside_mass(other, record).tolist() == pytest.approx(expected, rel=scale, abs=1e-37)
+    # z - max is exact where exp of it is large: a few eps, and 16 roundings of the sum
+    assert outside_mass(other, record).tolist() == pytest.approx(expected, rel=128 * EPS[torch.float32], abs=1e-37)
 
 
 def test_outside_mass_is_differentiable_and_keeps_small_values():
@@ -139,19 +145,35 @@ def both_forms(z, target, record, bias=None, **options):
     yield z, linear_replay_cross_entropy(z, eye, target, record, linear_bias=bias, **options)
 
 
-@given(logits_and_targets(torch.float64, sizes=(1, 2, 3, 8, 40, 70)), taus)
-def test_loss_and_gradient_equal_the_reference(case, tau):
-    logits, target = case
-    record = record_topk(logits, target, tau)
-    losses, gradients = reference.replay_cross_entropy(logits.tolist(), target.tolist(), rows_of(record))
-    scale = 1 + logits.abs().amax().item()  # exp(z) has relative error eps |z|
-    for z, loss in both_forms(logits.clone().requires_grad_(), target, record, reduction="none"):
-        assert loss.tolist() == pytest.approx(losses, rel=1e-15, abs=8 * EPS[torch.float64] * scale)
+def everything(V, dtype=torch.float32):
+    return Tail(torch.arange(V), torch.zeros(V, dtype=dtype))
+
+
+@st.composite
+def tails(draw, V):
+    """Any tail: ids that meet the subsets or not, none or all of V, weights from e^-5 to e^20."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    ids = np.flatnonzero(rng.random(V) < draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])))
+    return Tail(torch.tensor(ids, dtype=torch.int64), torch.tensor(rng.uniform(-5, 20, size=len(ids))))
+
+
+@given(st.data(), taus)
+def test_loss_and_gradient_equal_the_reference(data, tau):
+    logits, target = data.draw(logits_and_targets(torch.float64, sizes=(1, 2, 3, 8, 40, 70)))
+    record, tail = record_topk(logits, target, tau), data.draw(st.none() | tails(logits.shape[1]))
+    plain = {} if tail is None else dict(tail=[x.tolist() for x in tail])
+    losses, gradients = reference.replay_cross_entropy(logits.tolist(), target.tolist(), rows_of(record), **plain)
+    scored = torch.zeros_like(logits, dtype=torch.bool)
+    scored[record.rows, record.token_ids] = True
+    if tail is not None:
+        scored[target != -100] |= torch.zeros(logits.shape[1], dtype=torch.bool).index_fill(0, tail.token_ids, True)
+    # exp(z + log w) has the relative error eps |z + log w|, row by row
+    tolerance = 8 * EPS[torch.float64] * ((1 if tail is None else 20) + logits.abs().amax(1).numpy())
+    for z, loss in both_forms(logits.clone().requires_grad_(), target, record, tail=tail, reduction="none"):
         gradient, = torch.autograd.grad(loss.sum(), z)
-        assert gradient.numpy() == pytest.approx(np.array(gradients), abs=8 * EPS[torch.float64] * scale)
-        outside = torch.ones_like(logits, dtype=torch.bool)
-        outside[record.rows, record.token_ids.long()] = False
-        assert not gradient[outside].any()  # exactly zero
+        assert (abs(loss.detach().numpy() - losses) <= tolerance + 1e-15 * abs(np.array(losses))).all()
+        assert (abs(gradient.numpy() - gradients) <= tolerance[:, None]).all()
+        assert not gradient[~scored].any()  # exactly zero
 
 
 @given(st.data())
@@ -161,26 +183,32 @@ def test_linear_form_equals_the_reference_in_every_argument(data):
     (N, V), d = z.shape, 3
     h, W, bias = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
                   for shape in ((N, d), (V, d), (V,)))
-    record = record_topk(z, y, 0.8)
-    loss = linear_replay_cross_entropy(h, W, y, record, linear_bias=bias, reduction="sum")
-    losses, gradients = reference.replay_cross_entropy(reference.linear(h.tolist(), W.tolist(), bias.tolist()),
-                                                       y.tolist(), rows_of(record))
-    assert loss.item() == pytest.approx(math.fsum(losses), abs=1e-13)
+    record, tail = record_topk(z, y, 0.8), data.draw(st.none() | tails(V))
+    loss = linear_replay_cross_entropy(h, W, y, record, linear_bias=bias, tail=tail, reduction="sum")
+    losses, gradients = reference.replay_cross_entropy(
+        reference.linear(h.tolist(), W.tolist(), bias.tolist()), y.tolist(), rows_of(record),
+        **({} if tail is None else dict(tail=[x.tolist() for x in tail])))
+    assert loss.item() == pytest.approx(math.fsum(losses), abs=1e-13)  # logits of size 10 and log-weights of 20
     for mine, expected in zip(torch.autograd.grad(loss, (h, W, bias)),
                               reference.linear_gradients(h.tolist(), W.tolist(), gradients)):
         assert mine.numpy() == pytest.approx(np.array(expected), abs=1e-13)  # N d + V terms of size 10 at most
 
 
-@given(logits_and_targets(torch.float64), st.sampled_from(["mean", "sum", "none"]))
-def test_on_the_whole_vocabulary_it_is_cross_entropy(case, reduction):
+@given(logits_and_targets(torch.float64), taus, st.sampled_from(["mean", "sum", "none"]))
+def test_on_the_whole_vocabulary_it_is_cross_entropy(case, tau, reduction):
     logits, target = case
-    (N, V), counted = logits.shape, target != -100
-    record = ReplayRecord(torch.arange(V, dtype=torch.int32).repeat(int(counted.sum())),
-                          torch.cat([torch.zeros(1, dtype=torch.int64), (counted * V).cumsum(0)]),
-                          torch.zeros(N), V, 1.0)
+    V, record = logits.shape[1], record_topk(logits, target, tau)
+    counted = target != -100
+    full = ReplayRecord(torch.arange(V, dtype=torch.int32).repeat(int(counted.sum())),
+                        torch.cat([torch.zeros(1, dtype=torch.int64), (counted * V).cumsum(0)]),
+                        torch.zeros(len(target)), V, 1.0)
     expected = F.cross_entropy(logits, target, reduction=reduction)  # nan for "mean" where all are ignored
-    for _, loss in both_forms(logits, target, record, reduction=reduction):
-        torch.testing.assert_close(loss, expected, equal_nan=True, rtol=1e-12, atol=1e-12)
+    # the record holds it or, whatever the record, the tail; a sample of all that are not gold is everything
+    for rows, tail in ((full, None), (record, everything(V)), (record, sample_tail(target, V, V)),
+                       (record, sample_tail(target, V, V - len(set(target.tolist()) - {-100})))):
+        assert tail is None or tail.token_ids.tolist() == list(range(V)) and not tail.log_weight.any()
+        for _, loss in both_forms(logits, target, rows, tail=tail, reduction=reduction):
+            torch.testing.assert_close(loss, expected, equal_nan=True, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -204,16 +232,39 @@ def test_shapes_ignore_index_and_reductions_are_those_of_cross_entropy():
         torch.testing.assert_close(linear, replay_cross_entropy(z, y, record, **options))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+def test_strides_leading_dimensions_and_the_kind_of_integers_change_nothing(dtype):
+    torch.manual_seed(0)
+    z, ids, h, W = torch.randn(2, 6, 9), torch.randint(9, (2, 6)), torch.randn(2, 4, 5), torch.randn(4, 9)
+    odd = z[:, :-1], ids.to(dtype)[:, 1:], h.mT, W.T, torch.randn(1).expand(9)  # shifted, transposed, expanded
+    plain = *(x.flatten(0, 1) for x in (odd[0], odd[1].long(), odd[2])), odd[3].contiguous(), odd[4].contiguous()
+
+    def everything_there_is(z, y, h, W, bias):
+        record = record_topk(z, y, 0.7)
+        tail = sample_tail(y, 9, 2, generator=torch.Generator().manual_seed(0))
+        leaves = [x.detach().requires_grad_() for x in (z, h, W)]
+        losses = [f for t in (None, tail) for f in (
+            replay_cross_entropy(leaves[0], y, record, tail=t),
+            linear_replay_cross_entropy(*leaves[1:], y, record, linear_bias=bias, tail=t))]
+        return [record.token_ids, tail.token_ids, outside_mass(z, record), *losses,
+                *torch.autograd.grad(sum(losses), leaves)]
+
+    for a, b in zip(everything_there_is(*odd), everything_there_is(*plain), strict=True):
+        torch.testing.assert_close(a.reshape(b.shape), b, rtol=0, atol=8 * EPS[torch.float32])  # sums in another order
+
+
+@pytest.mark.parametrize("size", [None, 5])
 @pytest.mark.parametrize("form", [0, 1])
-def test_derivatives_and_second_derivatives(form):
+def test_derivatives_and_second_derivatives(form, size):
     torch.manual_seed(0)
     h, W, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 4), (20, 4), (20,)))
     y = torch.tensor([3, 19, -100, 0, 7, 7])
-    record = record_topk(h @ W.T + b, y, 0.9)
-    function = (lambda h, W, b: replay_cross_entropy(h @ W.T + b, y, record),
-                lambda h, W, b: linear_replay_cross_entropy(h, W, y, record, linear_bias=b))[form]
+    record, tail = record_topk(h @ W.T + b, y, 0.9 if size is None else 0.5), size and sample_tail(y, 20, size)
+    function = (lambda h, W, b: replay_cross_entropy(h @ W.T + b, y, record, tail=tail),
+                lambda h, W, b: linear_replay_cross_entropy(h, W, y, record, linear_bias=b, tail=tail))[form]
     assert torch.autograd.gradcheck(function, (h, W, b)) and torch.autograd.gradgradcheck(function, (h, W, b))
-    for wanted in ((h, W, b), (h,), (W,)):  # gradgradcheck passes over a gradient that cannot be differentiated again
+    # gradgradcheck passes over a gradient that cannot be differentiated again
+    for wanted in ((h, W, b), (h,), (W,), (b,)):
         inputs = [x if any(x is w for w in wanted) else x.detach() for x in (h, W, b)]
         twice = torch.autograd.grad(function(*inputs), wanted, create_graph=True)
         assert all(gradient.requires_grad for gradient in twice)
@@ -221,17 +272,18 @@ def test_derivatives_and_second_derivatives(form):
                                    rtol=0, atol=1e-14)
 
 
-def test_where_torch_cannot_sample_the_logits_are_gathered_to_the_same_loss_and_gradients(monkeypatch):
+@pytest.mark.parametrize("size", [None, 5])
+def test_where_torch_cannot_sample_the_logits_are_gathered_to_the_same_loss_and_gradients(size, monkeypatch):
     torch.manual_seed(0)
     h, W, y = torch.randn(6, 4, requires_grad=True), torch.randn(20, 4, requires_grad=True), torch.arange(6)
-    record = record_topk(h @ W.T, y, 0.9)
+    record, tail = record_topk(h @ W.T, y, 0.9 if size is None else 0.5), size and sample_tail(y, 20, size)
     calls, gather = [], logits_replay._gathered_logits
     monkeypatch.setattr(logits_replay, "_gathered_logits", lambda *args: calls.append(0) or gather(*args))
-    loss = linear_replay_cross_entropy(h, W, y, record)
+    loss = linear_replay_cross_entropy(h, W, y, record, tail=tail)
     expected = loss, *torch.autograd.grad(loss, (h, W))
     assert not calls
     monkeypatch.setattr(logits_replay, "SAMPLED_ON", ())
-    loss = linear_replay_cross_entropy(h, W, y, record)
+    loss = linear_replay_cross_entropy(h, W, y, record, tail=tail)
     # logits of size 10 at most, from d = 4 products: each rounded once and added with three more roundings
     torch.testing.assert_close((loss, *torch.autograd.grad(loss, (h, W))), expected, rtol=0, atol=8 * 2.0**-23 * 10)
     assert len(calls) == 1
@@ -253,53 +305,75 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def test_no_gradient_is_computed_for_a_frozen_head_or_body():
+@pytest.mark.parametrize("size", [None, 5])
+def test_no_gradient_is_computed_for_a_frozen_head_or_body(size):
+    y = torch.arange(3)
     for h, W in itertools.product((torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)),
                                   (torch.randn(9, 4), torch.randn(9, 4, requires_grad=True))):
-        loss = linear_replay_cross_entropy(h, W, torch.arange(3), record_topk(h @ W.T, torch.arange(3), 0.9))
+        tail = size and sample_tail(y, 9, size)
+        loss = linear_replay_cross_entropy(h, W, y, record_topk(h @ W.T, y, 0.5), tail=tail)
         if loss.requires_grad:
             with Watch() as seen:
                 loss.backward()
-            assert seen.products == h.requires_grad + W.requires_grad
+            # one product for each, and one more for the tail's part
+            assert seen.products == (2 if tail else 1) * (h.requires_grad + W.requires_grad)
         assert (h.grad is not None, W.grad is not None) == (h.requires_grad, W.requires_grad)
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
-def test_huge_logits_stay_finite(size):
+@pytest.mark.parametrize("tail", [None, everything(3)], ids=["none", "tail"])
+def test_huge_logits_stay_finite(size, tail):
     z = torch.tensor([[size, 0.0, -size], [-size, size, 0.0]], requires_grad=True)
     y = torch.tensor([2, 1])
-    for leaf, loss in both_forms(z, y, record_topk(z, y, 1.0), reduction="none"):
+    record = record_topk(z, y, 1.0) if tail is None else ReplayRecord(
+        torch.tensor([2, 1], dtype=torch.int32), torch.arange(3), torch.zeros(2), 3, 0.5)
+    for leaf, loss in both_forms(z, y, record, tail=tail, reduction="none"):
         assert loss.isfinite().all() and torch.autograd.grad(loss.sum(), leaf)[0].isfinite().all()
-        assert loss.tolist() == pytest.approx(F.cross_entropy(z, y, reduction="none").tolist())
+        assert torch.equal(loss, F.cross_entropy(z, y, reduction="none"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_accumulated_in_float32(dtype):
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("sampled_on", [("cpu",), ()])
+@pytest.mark.parametrize("size", [None, 100])
+def test_half_precision_is_accumulated_in_float32_under_autocast_too(dtype, autocast, sampled_on, size, monkeypatch):
+    monkeypatch.setattr(logits_replay, "SAMPLED_ON", sampled_on)
     torch.manual_seed(0)
-    h, W, y = torch.randn(8, 64).to(dtype), torch.randn(500, 64).to(dtype) / 8, torch.randint(500, (8,))
-    record = record_topk(h @ W.T, y, 0.9)
-    exact = linear_replay_cross_entropy(h.double(), W.double(), y, record)
-    mine = linear_replay_cross_entropy(h.requires_grad_(), W.requires_grad_(), y, record)
+    h, W, bias, y = (torch.randn(8, 64).to(dtype), torch.randn(500, 64).to(dtype) / 8, torch.randn(500).to(dtype),
+                     torch.randint(500, (8,)))
+    record, options = record_topk(h @ W.T, y, 0.5), dict(tail=size and sample_tail(y, 500, size))
+    loss = lambda h, W, bias: linear_replay_cross_entropy(h, W, y, record, linear_bias=bias, **options)
+    exact = loss(h.double(), W.double(), bias.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        mine = loss(h.requires_grad_(), W.requires_grad_(), bias.requires_grad_())
+        mine.backward()
     assert mine.dtype == torch.float32 and mine.item() == pytest.approx(exact.item(), rel=64 * 2.0**-23)  # 64 products
-    mine.backward()
-    assert h.grad.dtype == W.grad.dtype == dtype
-    for wider in ((h.float(), W), (h, W.float())):
-        assert linear_replay_cross_entropy(*wider, y, record).item() == pytest.approx(exact.item(), rel=64 * 2.0**-23)
-    for wider in ((h.double(), W), (h, W.double())):
-        assert linear_replay_cross_entropy(*wider, y, record).item() == pytest.approx(exact.item(), rel=64 * 2.0**-52)
-    logits = h @ W.T
-    dense = replay_cross_entropy(logits, y, record)
-    assert dense.dtype == torch.float32 and dense.item() == pytest.approx(
-        replay_cross_entropy(logits.double(), y, record).item(), rel=64 * 2.0**-23)
+    assert h.grad.dtype == W.grad.dtype == bias.grad.dtype == dtype
+    for wide, eps in ((torch.float32, 2.0**-23), (torch.float64, 2.0**-52)):  # one wide argument is enough
+        for wider in ((h.to(wide), W, bias), (h, W.to(wide), bias)):
+            assert loss(*wider).item() == pytest.approx(exact.item(), rel=64 * eps)
+    logits = (h @ W.T).detach()
+    dense, exact = (replay_cross_entropy(x, y, record, **options) for x in (logits, logits.double()))
+    assert dense.dtype == torch.float32 and dense.item() == pytest.approx(exact.item(), rel=16 * 2.0**-23)
 
 
-def test_the_linear_form_never_makes_an_N_by_V_tensor():
-    N, V, d = 300, 5000, 4
-    h, W, y = torch.randn(N, d, requires_grad=True), torch.randn(V, d, requires_grad=True), torch.randint(V, (N,))
-    record = ReplayRecord(y.int(), torch.arange(N + 1), torch.zeros(N), V, 0.5)
+def test_recording_makes_no_tensor_many_times_larger_than_the_logits():
+    N, V = 1000, 500
+    z, y = torch.randn(N, V), torch.randint(V, (N,))  # 64 tokens decide no row
     with Watch() as seen:
-        linear_replay_cross_entropy(h, W, y, record).backward()
-    assert seen.elements <= V * d  # dL/dW
+        record = record_topk(z, y, 0.9)
+    assert record.subset_sizes.min() > 64 and seen.elements <= 2 * N * V
+
+
+@pytest.mark.parametrize("size", [None, 50])
+def test_the_linear_form_never_makes_an_N_by_V_tensor(size):
+    N, V, d = 300, 5000, 4
+    h, W, y = torch.randn(N, d, requires_grad=True), torch.randn(V, d, requires_grad=True), torch.randint(40, (N,))
+    record, tail = ReplayRecord(y.int(), torch.arange(N + 1), torch.zeros(N), V, 0.5), size and sample_tail(y, V, size)
+    with Watch() as seen:
+        linear_replay_cross_entropy(h, W, y, record, tail=tail).backward()
+    # dL/dW, and (N, M) with one column to spare
+    assert seen.elements <= max(V * d, N * (len(tail.token_ids) + 1) if tail else 0)
 
 
 def test_outside_mass_never_rounds_to_more_than_one():
@@ -322,66 +396,6 @@ def test_outside_mass_of_half_precision_logits_is_that_of_their_float32_values(d
 
 # -------------------------------------------------------------------------------------------------------------- tail
 
-def everything(V, dtype=torch.float32):
-    return Tail(torch.arange(V), torch.zeros(V, dtype=dtype))
-
-
-@st.composite
-def tails(draw, V):
-    """Any tail: ids that meet the subsets or not, none or all of V, weights from e^-5 to e^20."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    ids = np.flatnonzero(rng.random(V) < draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])))
-    return Tail(torch.tensor(ids, dtype=torch.int64), torch.tensor(rng.uniform(-5, 20, size=len(ids))))
-
-
-@given(st.data(), taus)
-def test_loss_and_gradient_with_a_tail_equal_the_reference(data, tau):
-    logits, target = data.draw(logits_and_targets(torch.float64, sizes=(1, 2, 3, 8, 40, 70)))
-    record, tail = record_topk(logits, target, tau), data.draw(tails(logits.shape[1]))
-    plain = [x.tolist() for x in tail]
-    losses, gradients = reference.replay_cross_entropy(logits.tolist(), target.tolist(), rows_of(record), tail=plain)
-    scale = 20 + logits.abs().amax().item()  # exp(z + log w) has relative error eps |z + log w|
-    for z, loss in both_forms(logits.clone().requires_grad_(), target, record, tail=tail, reduction="none"):
-        assert loss.tolist() == pytest.approx(losses, rel=1e-15, abs=8 * EPS[torch.float64] * scale)
-        gradient, = torch.autograd.grad(loss.sum(), z)
-        assert gradient.numpy() == pytest.approx(np.array(gradients), abs=8 * EPS[torch.float64] * scale)
-        unscored = torch.ones_like(logits, dtype=torch.bool)
-        unscored[record.rows, record.token_ids.long()] = False
-        unscored[:, tail.token_ids] = False
-        assert not gradient[unscored].any() and not gradient[target == -100].any()  # exactly zero
-
-
-@given(st.data())
-def test_linear_form_with_a_tail_equals_the_reference_in_every_argument(data):
-    z, y = data.draw(logits_and_targets(torch.float64, sizes=(2, 5, 30)))
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
-    (N, V), d = z.shape, 3
-    h, W, bias = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-                  for shape in ((N, d), (V, d), (V,)))
-    record, tail = record_topk(z, y, 0.8), data.draw(tails(V))
-    loss = linear_replay_cross_entropy(h, W, y, record, linear_bias=bias, tail=tail, reduction="sum")
-    logits = reference.linear(h.tolist(), W.tolist(), bias.tolist())
-    losses, gradients = reference.replay_cross_entropy(logits, y.tolist(), rows_of(record),
-                                                       tail=[x.tolist() for x in tail])
-    assert loss.item() == pytest.approx(math.fsum(losses), abs=1e-12)  # logits of size 10 and log-weights of 20
-    for mine, expected in zip(torch.autograd.grad(loss, (h, W, bias)),
-                              reference.linear_gradients(h.tolist(), W.tolist(), gradients)):
-        assert mine.numpy() == pytest.approx(np.array(expected), abs=1e-12)
-
-
-@given(logits_and_targets(torch.float64), taus, st.sampled_from(["mean", "sum", "none"]))
-def test_a_tail_of_everything_makes_it_cross_entropy(case, tau, reduction):
-    logits, target = case
-    V, expected = logits.shape[1], F.cross_entropy(*case, reduction=reduction)
-    record = record_topk(logits, target, tau)
-    # whatever the record; a sample of all that are not gold is everything
-    for tail in (everything(V), sample_tail(target, V, V),
-                 sample_tail(target, V, V - len(set(target.tolist()) - {-100}))):
-        assert tail.token_ids.tolist() == list(range(V)) and not tail.log_weight.any()
-        for _, loss in both_forms(logits, target, record, tail=tail, reduction=reduction):
-            torch.testing.assert_close(loss, expected, equal_nan=True, rtol=1e-12, atol=1e-12)
-
-
 @given(logits_and_targets(), taus)
 def test_an_empty_tail_is_no_tail_to_the_last_bit(case, tau):
     record = record_topk(*case, tau)
@@ -389,6 +403,14 @@ def test_an_empty_tail_is_no_tail_to_the_last_bit(case, tau):
             both_forms(*case, record, reduction="none"),
             both_forms(*case, record, reduction="none", tail=Tail(torch.arange(0), torch.zeros(0)))):
         assert torch.equal(without, empty)
+
+
+@pytest.mark.parametrize("tail", [None, everything(8)], ids=["none", "tail"])
+def test_a_constant_on_all_logits_changes_no_bit(tail):
+    z, y = torch.arange(-12.0, 12.0).reshape(3, 8) / 8, torch.tensor([7, 0, 3])  # 2^19 + z is exact in float32
+    record = record_topk(z, y, 0.8)
+    for (_, a), (_, b) in zip(*(both_forms(x, y, record, tail=tail, reduction="none") for x in (z, z + 2.0**19))):
+        assert torch.equal(a, b)
 
 
 @given(st.data())
@@ -405,6 +427,11 @@ def test_a_sample_holds_every_gold_surely_and_others_with_the_inverse_of_their_p
     assert (ids, tail.log_weight.tolist()) == (expected[0], pytest.approx(expected[1], rel=EPS[torch.float32]))
     again = sample_tail(target, V, size, generator=generator.manual_seed(generator.initial_seed()))
     assert all(torch.equal(a, b) for a, b in zip(tail, again))
+
+
+def test_sample_tail_ignores_a_token_id():
+    tail = sample_tail(torch.tensor([4, 2, 4]), 7, 0, ignore_index=4)
+    assert tail.token_ids.tolist() == [2]
 
 
 def test_the_mean_of_the_estimate_over_all_samples_is_what_the_subset_leaves_out():
@@ -424,84 +451,6 @@ def test_the_mean_of_the_estimate_over_all_samples_is_what_the_subset_leaves_out
     # exp(L + z_y) = A + B': its mean is the whole partition function, to the rounding of log w in float32
     assert (losses + gold).exp().mean(0).tolist() == pytest.approx(z.exp().sum(1).tolist(), rel=8 * EPS[torch.float32])
     assert losses.mean(0).le(F.cross_entropy(z, target, reduction="none")).all()  # R9(b)
-
-
-@pytest.mark.parametrize("form", [0, 1])
-def test_derivatives_and_second_derivatives_with_a_tail(form):
-    torch.manual_seed(0)
-    h, W, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 4), (20, 4), (20,)))
-    y = torch.tensor([3, 19, -100, 0, 7, 7])
-    record, tail = record_topk(h @ W.T + b, y, 0.5), sample_tail(y, 20, 5)
-    function = (lambda h, W, b: replay_cross_entropy(h @ W.T + b, y, record, tail=tail),
-                lambda h, W, b: linear_replay_cross_entropy(h, W, y, record, linear_bias=b, tail=tail))[form]
-    assert torch.autograd.gradcheck(function, (h, W, b)) and torch.autograd.gradgradcheck(function, (h, W, b))
-    for wanted in ((h, W, b), (h,), (W,)):
-        inputs = [x if any(x is w for w in wanted) else x.detach() for x in (h, W, b)]
-        twice = torch.autograd.grad(function(*inputs), wanted, create_graph=True)
-        assert all(gradient.requires_grad for gradient in twice)
-        torch.testing.assert_close(twice, torch.autograd.grad(function(*inputs), wanted),  # the fast path's
-                                   rtol=0, atol=1e-14)
-
-
-def test_a_tail_is_gathered_to_the_same_loss_and_gradients(monkeypatch):
-    torch.manual_seed(0)
-    h, W, y = torch.randn(6, 4, requires_grad=True), torch.randn(20, 4, requires_grad=True), torch.arange(6)
-    record, tail = record_topk(h @ W.T, y, 0.5), sample_tail(y, 20, 4)
-    loss = linear_replay_cross_entropy(h, W, y, record, tail=tail)
-    expected = loss, *torch.autograd.grad(loss, (h, W))
-    monkeypatch.setattr(logits_replay, "SAMPLED_ON", ())
-    loss = linear_replay_cross_entropy(h, W, y, record, tail=tail)
-    torch.testing.assert_close((loss, *torch.autograd.grad(loss, (h, W))), expected, rtol=0, atol=8 * 2.0**-23 * 10)
-
-
-def test_a_frozen_head_or_body_gets_no_gradient_from_the_tail():
-    for h, W in itertools.product((torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)),
-                                  (torch.randn(9, 4), torch.randn(9, 4, requires_grad=True))):
-        y = torch.arange(3)
-        loss = linear_replay_cross_entropy(h, W, y, record_topk(h @ W.T, y, 0.5), tail=sample_tail(y, 9, 2))
-        if loss.requires_grad:
-            with Watch() as seen:
-                loss.backward()
-            assert seen.products == 2 * (h.requires_grad + W.requires_grad)  # two each: the record's and the tail's
-        assert (h.grad is not None, W.grad is not None) == (h.requires_grad, W.requires_grad)
-
-
-@pytest.mark.parametrize("size", [1e4, -1e4])
-def test_huge_logits_of_a_tail_stay_finite(size):
-    z = torch.tensor([[size, 0.0, -size], [-size, size, 0.0]], requires_grad=True)
-    record, y = (ReplayRecord(torch.tensor([2, 0], dtype=torch.int32), torch.arange(3), torch.zeros(2), 3, 0.5),
-                 torch.tensor([2, 0]))
-    for leaf, loss in both_forms(z, y, record, tail=everything(3), reduction="none"):
-        assert loss.isfinite().all() and torch.autograd.grad(loss.sum(), leaf)[0].isfinite().all()
-        assert loss.tolist() == pytest.approx(F.cross_entropy(z, y, reduction="none").tolist())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("sampled_on", [("cpu",), ()])
-def test_a_tail_is_accumulated_in_float32_under_autocast_too(dtype, autocast, sampled_on, monkeypatch):
-    monkeypatch.setattr(logits_replay, "SAMPLED_ON", sampled_on)
-    torch.manual_seed(0)
-    h, W, y = torch.randn(8, 64).to(dtype), torch.randn(500, 64).to(dtype) / 8, torch.randint(500, (8,))
-    record, tail = record_topk(h @ W.T, y, 0.5), sample_tail(y, 500, 100)
-    exact = linear_replay_cross_entropy(h.double(), W.double(), y, record, tail=tail)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        mine = linear_replay_cross_entropy(h.requires_grad_(), W.requires_grad_(), y, record, tail=tail)
-    assert mine.dtype == torch.float32 and mine.item() == pytest.approx(exact.item(), rel=64 * 2.0**-23)  # 64 products
-    mine.backward()
-    assert h.grad.dtype == W.grad.dtype == dtype
-    logits = (h @ W.T).detach()
-    dense, exact = (replay_cross_entropy(x, y, record, tail=tail) for x in (logits, logits.double()))
-    assert dense.dtype == torch.float32 and dense.item() == pytest.approx(exact.item(), rel=16 * 2.0**-23)
-
-
-def test_the_linear_form_with_a_tail_never_makes_an_N_by_V_tensor():
-    N, V, d = 300, 5000, 4
-    h, W, y = torch.randn(N, d, requires_grad=True), torch.randn(V, d, requires_grad=True), torch.randint(40, (N,))
-    record, tail = ReplayRecord(y.int(), torch.arange(N + 1), torch.zeros(N), V, 0.5), sample_tail(y, V, 50)
-    with Watch() as seen:
-        linear_replay_cross_entropy(h, W, y, record, tail=tail).backward()
-    assert seen.elements <= max(V * d, N * (len(tail.token_ids) + 1))  # dL/dW, and (N, M) with one column to spare
 
 
 class Reads(TorchDispatchMode):
@@ -531,11 +480,12 @@ def test_a_tail_adds_no_wait_for_the_device():
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.parametrize("size", [None, 3])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_an_ignored_row_takes_no_part_in_the_tail_whatever_it_holds(reduction):
+def test_an_ignored_row_takes_no_part_whatever_it_holds(reduction, size):
     torch.manual_seed(0)
     h, W, y = torch.randn(3, 4), torch.randn(9, 4, requires_grad=True), torch.tensor([1, -100, 2])
-    record, tail = record_topk(h @ W.T, y, 0.5), sample_tail(y, 9, 3)
+    record, tail = record_topk(h @ W.T, y, 0.5), size and sample_tail(y, 9, size)
     h[1] = math.nan
     h.requires_grad_()
     loss = linear_replay_cross_entropy(h, W, y, record, tail=tail, reduction=reduction)
@@ -544,6 +494,20 @@ def test_an_ignored_row_takes_no_part_in_the_tail_whatever_it_holds(reduction):
     (dh, dW), (dh_kept, dW_kept) = (torch.autograd.grad(x.sum(), (h, W)) for x in (loss, kept))
     torch.testing.assert_close((dh, dW), (dh_kept, dW_kept), rtol=0, atol=8 * EPS[torch.float32] * 4)
     assert not dh[1].any()
+
+
+def test_a_row_that_was_recorded_may_be_ignored_later():
+    z, y = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)).requires_grad_(), torch.tensor([1, 2, 3])
+    record, later = record_topk(z, y, 0.5), torch.tensor([1, -100, 3])
+    for tail in None, everything(7):
+        for leaf, loss in both_forms(z, later, record, tail=tail, reduction="none"):
+            assert loss[1] == 0 and loss[0] > 0 and not torch.autograd.grad(loss.sum(), leaf)[0][1].any()
+
+
+def test_an_ignored_row_whose_tail_is_out_of_the_range_of_exp_has_no_gradient():
+    z, y = torch.tensor([[0.0, 0.0], [-1e4, -1e4]], requires_grad=True), torch.tensor([0, -100])
+    for leaf, loss in both_forms(z, y, record_topk(z, y, 0.5), tail=everything(2), reduction="none"):
+        assert torch.autograd.grad(loss.sum(), leaf)[0].tolist() == [[-0.5, 0.5], [0.0, 0.0]]
 
 
 IDS, WEIGHTS = torch.tensor([0, 2]), torch.zeros(2)
@@ -588,6 +552,27 @@ def test_a_tail_token_whose_logit_is_not_finite_is_refused_by_row():
     huge = torch.full((1, 2), 3e38)  # finite, but their sum is not
     record = ReplayRecord(torch.tensor([0], dtype=torch.int32), torch.arange(2), torch.zeros(1), 2, 0.5)
     assert linear_replay_cross_entropy(huge, torch.eye(2), torch.tensor([0]), record, tail=everything(2)).isfinite()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("tail", [None, everything(4)], ids=["none", "tail"])
+def test_a_scored_row_that_is_not_finite_is_refused_with_a_tail_too(bad, tail):
+    z = Z * torch.tensor([[1.0], [bad], [1.0]])
+    with pytest.raises(ValueError, match=r"must be finite \(row 1\)"):
+        replay_cross_entropy(z, Y, RECORD, tail=tail)
+    with pytest.raises(ValueError, match=r"must be finite \(row 1\)"):
+        linear_replay_cross_entropy(z, torch.eye(4), Y, RECORD, tail=tail)
+
+
+def test_what_is_recorded_and_sampled_under_inference_mode_can_be_trained_on():
+    torch.manual_seed(0)
+    h, W, y = torch.randn(6, 4, requires_grad=True), torch.randn(20, 4, requires_grad=True), torch.arange(6)
+    with torch.inference_mode():
+        record, tail = record_topk(h @ W.T, y, 0.7), sample_tail(y, 20, 3)
+    for sample in None, tail:
+        for loss in linear_replay_cross_entropy(h, W, y, record, tail=sample), \
+                replay_cross_entropy(h @ W.T, y, record, tail=sample):
+            loss.backward()
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -674,8 +659,8 @@ def test_positions_outside_the_record_are_refused(positions):
 
 
 def test_concat_joins_in_order_and_refuses_what_differs():
-    joined = ReplayRecord.concat([RECORD, RECORD.select([1]), RECORD.select([])])
-    assert rows_of(joined) == rows_of(RECORD) + [rows_of(RECORD)[1]]
+    joined = ReplayRecord.concat(iter([RECORD, RECORD.select([1]), RECORD.select([])]))
+    assert same(joined, RECORD.select([0, 1, 2, 1]))
     with pytest.raises(ValueError, match=r"records\[1\]"):
         ReplayRecord.concat([RECORD, record_topk(Z, Y, 0.9)])
     with pytest.raises(ValueError, match="^records must hold at least one record$"):
@@ -723,7 +708,8 @@ def test_a_record_moves_with_all_its_fields(device):
 
 
 def same(a, b):
-    return all(torch.equal(torch.as_tensor(getattr(a, name)), torch.as_tensor(getattr(b, name))) for name in FIELDS)
+    return (a.vocab_size, a.tau) == (b.vocab_size, b.tau) and all(
+        torch.equal(getattr(a, name), getattr(b, name)) for name in logits_replay.DTYPES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

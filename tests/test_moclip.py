@@ -99,6 +99,12 @@ def test_half_precision_is_rotated_in_float32(dtype):
     assert torch.equal(clip_angle(g, m, math.pi / 6), torch.tensor([3.0**0.5, 1.0]).to(dtype))
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_the_coarser_dtype_decides_what_is_antiparallel(dtypes):
+    g, m = (torch.tensor(x, dtype=dtype) for x, dtype in zip(([-1.0, 1e-5], [1.0, 0.0]), dtypes))
+    assert torch.equal(clip_angle(g, m, 1.0), g)
+
+
 @pytest.mark.parametrize("g, m, max_angle, message", [
     (torch.ones(2), torch.ones(3), 1.0, "grad and momentum must have the same shape"),
     (torch.ones(2).long(), torch.ones(2), 1.0, "grad must be a real"),
@@ -114,8 +120,8 @@ def test_bad_input_to_the_rotation_and_to_the_angle_names_the_argument(g, m, max
 
 
 def test_empty_tensors_have_the_angle_0():
-    empty = torch.zeros(0)
-    assert angle_between(empty, empty) == 0 and clip_angle(empty, empty, 0.1).shape == (0,)
+    for empty in torch.zeros(0), torch.zeros(0, 2):
+        assert angle_between(empty, empty) == 0 and clip_angle(empty, empty, 0.1).shape == empty.shape
 
 
 # ----------------------------------------------------------------------------------------------------------- the step
@@ -145,12 +151,14 @@ class Pair:
         reports = reference.moclip_step(self.plain, self.options, self.max_angle, self.scope)
         if reports:
             angles, clipped = zip(*reports)
-            assert self.optimizer.last_angle.reshape(-1).tolist() == pytest.approx(angles, abs=1e-9)
+            assert self.optimizer.last_angle.reshape(-1).tolist() == pytest.approx(angles, abs=1e-13)
             assert self.optimizer.last_clipped.reshape(-1).tolist() == list(clipped)
         for i, plain in zip(self.order, self.plain):
-            # each step adds a few eps (of weights near 1, steps of 0.02); the rotation amplifies by
-            # 1/sin(theta) < 1e3 here
-            assert self.weights[i].tolist() == pytest.approx(plain["parameter"], abs=1e-11)
+            # each step adds a few eps, of weights near 1 and steps of 0.02
+            assert self.weights[i].tolist() == pytest.approx(plain["parameter"], abs=1e-13)
+            for key in ("exp_avg", "exp_avg_sq") if plain["step"] else ():
+                assert self.optimizer.state[self.weights[i]][key].tolist() == pytest.approx(
+                    plain[key], rel=1e-12, abs=1e-13)
         return reports
 
 
@@ -191,6 +199,16 @@ def test_an_antiparallel_gradient_restarts_the_momentum(scope):
     if scope == "tensor":
         # the other scope goes on
         assert pair.optimizer.state[pair.weights[1]]["exp_avg"].item() == pytest.approx(1 - 0.9**6)
+
+
+def test_every_group_has_its_own_cap_in_tensor_scope():
+    groups = [dict(params=[torch.nn.Parameter(torch.zeros(2))], max_angle=cap) for cap in (1.0, 0.5)]
+    optimizer = MoClip(groups, scope="tensor", betas=(0.5, 0.9))
+    for g in torch.tensor([2.0, 0.0]), torch.tensor([1.0, 1.0]):  # 45 degrees from the momentum (1, 0)
+        for group in groups:
+            group["params"][0].grad = g.clone()
+        optimizer.step()
+    assert optimizer.last_clipped.tolist() == [False, True]
 
 
 def train(optimizer, weights, steps, seed=0):
@@ -236,16 +254,20 @@ def test_state_is_adams_and_wide(dtype, state_dtype):
     assert w.dtype == dtype
 
 
-def test_bfloat16_parameters_follow_the_float32_trajectory():
-    """lr 1/16 near 1: every step is far above the spacing of bfloat16: only rounding to it separates the two."""
-    a, b = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    first, second = MoClip([a], lr=1 / 16), MoClip([b], lr=1 / 16)
-    for t in range(20):
-        gradient = torch.tensor([1.0, -1.0, 2.0, (-1.0) ** t]).bfloat16()
-        a.grad, b.grad = gradient.float(), gradient
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_half_precision_parameters_take_the_float32_step_rounded_once(dtype, weight_decay):
+    wide, half = torch.nn.Parameter(torch.ones(64)), torch.nn.Parameter(torch.ones(64, dtype=dtype))
+    options = dict(lr=1 / 17, weight_decay=weight_decay, max_angle=1.2)
+    first, second = MoClip([wide], **options), MoClip([half], **options)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        half.grad = torch.randn(64, generator=generator).to(dtype)
+        wide.data, wide.grad = half.detach().float(), half.grad.float()  # from the same weights
         first.step(), second.step()
-        assert torch.equal(first.state[a]["exp_avg"], second.state[b]["exp_avg"])
-    torch.testing.assert_close(a, b.float(), rtol=0, atol=20 * 2.0**-8 * 2.5)  # half a spacing at |w| < 2.5, 20 times
+        assert torch.equal(wide.to(dtype), half)
+        assert all(torch.equal(first.state[wide][key], x) for key, x in second.state[half].items())
+    assert first.last_clipped
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -352,9 +374,10 @@ class NoSync(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])
-def test_a_step_never_reads_a_value_on_the_host(scope):
+@pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3)], ids=["float", "tensor"])
+def test_a_step_never_reads_a_value_on_the_host(scope, lr):
     weights = [torch.nn.Parameter(torch.randn(3)), torch.nn.Parameter(torch.randn(2, 2))]
-    optimizer = MoClip(weights, max_angle=0.2, weight_decay=0.1, scope=scope)
+    optimizer = MoClip(weights, lr=lr, max_angle=0.2, weight_decay=0.1, scope=scope)
     with NoSync():
         train(optimizer, weights, 3)
     assert optimizer.last_clipped.any()

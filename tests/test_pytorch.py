@@ -358,8 +358,3 @@ def test_whatever_the_error_a_refused_group_is_not_added(options):
     with pytest.raises((ValueError, TypeError)):
         optimizer.add_param_group(dict(params=[nn.Parameter(torch.ones(1))], **options))
     assert len(optimizer.param_groups) == 1
-
-
-def test_empty_vectors_turn_nothing():
-    assert (angle_between(torch.zeros(0), torch.zeros(0)) == 0
-            and clip_angle(torch.zeros(0, 2), torch.zeros(0, 2), 0.1).shape == (0, 2))

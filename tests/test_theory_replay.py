@@ -775,10 +775,13 @@ def test_r9_expected_gradient_is_biased_in_second_order_of_rho_only(case):
 def test_r9_restoring_force_is_back_up_to_the_bias_of_the_gradient(case):
     z, S, y, golds, m = case
     rho, q, r = split(softmax(z), S)
-    gradient = expected_step(z, S, y, golds, m)[1]
+    cv2, gradient = cv_squared(z, S, golds, m), expected_step(z, S, y, golds, m)[1]
+    bias = gradient - full_gradient(z, y)[1]
+    assert abs(bias).sum() <= rho**2 * cv2 + rho**2 / (1 - rho) * math.sqrt(cv2 * (1 + cv2)) + TAIL_TOL  # (d)
     rise = (q - r) @ gradient  # d log-odds / d eta = E_r[-g] - E_q[-g]
     wanted = (q**2).sum() - q[y] - rho * ((q**2).sum() + (r**2).sum())  # R7(b): the full loss
-    assert abs(rise - wanted) <= abs(gradient - full_gradient(z, y)[1]).sum() + TAIL_TOL
+    # so it is off by at most the L1 norm of the bias: no entry of q - r exceeds 1
+    assert rise - wanted == pytest.approx((q - r) @ bias, abs=TAIL_TOL)
 
 
 @given(sampled_tails())
@@ -788,7 +791,14 @@ def test_r9_noise_of_a_small_sample_is_at_most_the_stated_size(case):
     rho, cv2, M = split(p, S)[0], cv_squared(z, S, golds, m), len(z) - len(golds)
     sampled = [j for j in range(len(z)) if j not in S and j not in golds]
     bound = (math.sqrt((p[sampled]**2).sum() * (M / m - 1)) + np.linalg.norm(p) * rho * math.sqrt(cv2)) / (1 - rho)
-    assert math.sqrt(expected_step(z, S, y, golds, m)[2]) <= bound + math.sqrt(TAIL_TOL) * 1e-3
+    squares = []  # of (p^ - x p) / x, the proof's
+    for R, weights in every_sample(len(z), golds, m):
+        W = np.zeros(len(z))
+        W[R], W[S] = weights, 1
+        squares.append(((p * W / (p @ W) - p)**2).sum())
+    noise = math.sqrt(expected_step(z, S, y, golds, m)[2])
+    assert noise == pytest.approx(math.sqrt(np.mean(squares)), abs=TAIL_TOL)
+    assert noise <= bound + TAIL_TOL
 
 
 @given(sampled_tails())

@@ -214,10 +214,11 @@ def test_moclip(case, dtype):
 def drawn_tail(chosen, target, V, ignore_index):
     """`sample_tail`, again and again, until it draws the chosen tokens."""
     generator, golds = torch.Generator().manual_seed(0), set(target) - {ignore_index}
-    while True:
+    for _ in range(10**5):
         tail = sample_tail(torch.tensor(target), V, len(chosen), ignore_index=ignore_index, generator=generator)
         if sorted(set(tail.token_ids.tolist()) - golds) == chosen:
             return tail
+    raise AssertionError(chosen)
 
 
 @cases("7_tail.json")
