@@ -353,7 +353,7 @@ def _cover(p: Tensor, y: Tensor, tau: float, max_size):
     wide = (~decided).nonzero()[:, 0]
     # float64 by rank: a histogram adds in another order, and at tau = 1 the last bit of the sum decides; float32
     # terms leave a float64 sum 29 bits to spare. Nor at small V: the bins would outweigh the row
-    if max_size is None and p.dtype == torch.float32 and V > 4096:
+    if max_size is None and p.dtype == torch.float32 and V > 2048:
         wide_row, wide_token, rho[wide] = _cover_by_histogram(p[wide], y[wide], tau)
     else:
         wide_row, wide_token, rho[wide], _ = _cover_by_rank(p[wide], y[wide], tau, V, limit)

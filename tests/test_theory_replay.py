@@ -93,8 +93,8 @@ logit_rows = st.integers(2, 24).flatmap(lambda V: hnp.arrays(np.float64, V, elem
 
 # -- R1: coverage and minimality -------------------------------------------------------------------------------------
 
-# wider than the 64 tokens that are tried first
-wide_rows = st.tuples(st.sampled_from([65, 100, 300]), st.floats(0.1, 3), st.integers(0, 2**32 - 1)).map(
+# wider than the 64 tokens that are tried first; the last as wide as it takes for a histogram
+wide_rows = st.tuples(st.sampled_from([65, 300, 2500]), st.floats(0.1, 3), st.integers(0, 2**32 - 1)).map(
     lambda drawn: drawn[1] * np.random.default_rng(drawn[2]).normal(size=drawn[0]))
 
 
@@ -112,11 +112,10 @@ def test_r1_recorded_set_covers_tau_with_the_fewest_tokens(dtype, z, tau, data):
     # K = the fewest tokens that can cover tau at all: the K - 1 largest do not, so no K - 1 tokens do
     K = 1 + int((np.cumsum(np.sort(p)[::-1])[:-1] < tau - tol).sum())
     K_if_rounded_up = 1 + int((np.cumsum(np.sort(p)[::-1])[:-1] < tau + tol).sum())
-    assert K <= len(S) <= K_if_rounded_up + 1
-    core = [j for j in S if j != y] if len(S) > K_if_rounded_up else S
-    least, others = p[core].min(), [p[j] for j in range(len(p)) if j not in core]
-    assert all(least >= other - tol for other in others)  # the core is a set of most probable tokens ...
-    assert p[core].sum() - least < tau + tol  # ... and one token fewer would not cover tau
+    # S, or what it is without gold, is a set of so many most probable tokens, and one token fewer would not cover tau
+    cores = [core for core in (S, [j for j in S if j != y]) if K <= len(core) <= K_if_rounded_up]
+    assert any(np.delete(p, core).max(initial=0) <= p[core].min() + tol and p[core].sum() - p[core].min() < tau + tol
+               for core in cores)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
