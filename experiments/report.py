@@ -332,13 +332,14 @@ def batch_table(rows):
 
 def size_table(rows):
     """A row is a size and a rate, a column an arm."""
-    titles = [f"{measure}, {arm}" for measure in ("accuracy", "forgetting") for arm in sweep.THREE]
+    measures = "accuracy", "forgetting", "domain NLL"
+    titles = [f"{measure}, {arm}" for measure in measures for arm in sweep.THREE]
     out = ["| parameters | lr | " + " | ".join(titles) + " |", "|" + "---|" * (2 + len(titles))]
     for width in (96, sweep.script.WIDTH, 384):
         for lr in sweep.DOUBLED:
             mine = [at(select(rows, width=width, method=method, base=0, seed=0), lr) for method in sweep.THREE]
             if all(mine):
-                cells = [spread(group, *MEASURES[m]) for m in ("accuracy", "forgetting") for group in mine]
+                cells = [spread(group, *MEASURES[measure]) for measure in measures for group in mine]
                 out.append(f"| {mine[0][0]['parameters']:,} | {lr:g} | " + " | ".join(cells) + " |")
     return "\n".join(out)
 
