@@ -85,6 +85,9 @@ def chosen(rows, tolerance=0.02):
 
 
 def spread(rows, key, form):
+    """Mean ± standard deviation over bases and seeds; ValueError for two rows of one base and seed: two arms, then."""
+    if len({(row.get("base"), row["seed"]) for row in rows}) < len(rows):
+        raise ValueError(f"two arms in one line: {rows[0].get('settings', rows[0]['method'])}")
     values = [row[key] for row in rows]
     deviation = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
     return form.format(statistics.mean(values)) + deviation
@@ -100,13 +103,16 @@ MEASURES = {"accuracy": ("accuracy", "{:.1%}"), "forgetting": ("forgetting", "{:
             "of SQL over other schemas": ("forgetting_sql", "{:.3f}")}
 
 
+def markdown(titles, lines):
+    """A table; a line is its cells."""
+    head, *rest = ("| " + " | ".join(map(str, cells)) + " |" for cells in (titles, *lines))
+    return "\n".join([head, "|" + "---|" * len(titles), *rest])
+
+
 def table(lines, titles, measures):
-    """Markdown: `lines` are (cells, rows); a measure is a column."""
-    out = ["| " + " | ".join([*titles, *measures]) + " |", "|" + "---|" * (len(titles) + len(measures))]
-    for cells, rows in lines:
-        if rows:
-            out.append("| " + " | ".join([*map(str, cells), *(spread(rows, *MEASURES[m]) for m in measures)]) + " |")
-    return "\n".join(out)
+    """`lines` are (cells, rows); a measure is a column. A line without rows is left out."""
+    return markdown([*titles, *measures], ([*cells, *(spread(rows, *MEASURES[m]) for m in measures)]
+                                           for cells, rows in lines if rows))
 
 
 def paired(rows, others, key, difference):
@@ -137,11 +143,8 @@ def at(rows, lr):
 
 
 def main_table(rows):
-    lines = []
-    for method in sweep.script.METHODS:
-        mine = select(rows, method=method)
-        if mine:
-            lines.append(((method, f"{chosen(mine):g}"), at(mine, chosen(mine))))
+    arms = {method: select(rows, method=method) for method in sweep.script.METHODS}
+    lines = [((method, f"{chosen(mine):g}"), at(mine, chosen(mine))) for method, mine in arms.items()]
     return table(lines, ("method", "lr"), ("accuracy", "forgetting", "domain NLL", "outside mass"))
 
 
@@ -162,17 +165,16 @@ def tau_table(rows):
 
 def drift_table(rows):
     """THEORY.md R7: the outside mass at the start, at its highest and at the end."""
-    titles = ["tau", "training", "at the start", "highest", "at step", "at the end"]
-    out = ["| " + " | ".join(titles) + " |", "|---|---|---|---|---|---|"]
+    lines = []
     for tau, methods in ((0.9, ("full+adamw", "replay+adamw", "tail+adamw")), (0.98, ("replay+adamw", "tail+adamw"))):
         for method in methods:
             logs = [row["outside_mass_log"]
                     for row in at(select(rows, method=method, tau=tau, seed=0), sweep.DEFAULT["lr"])]
             masses = [statistics.mean(points) for points in zip(*([mass for _, mass in log] for log in logs))]
             highest = masses.index(max(masses))
-            out.append(f"| {tau} | {method} | {masses[0]:.3f} | {masses[highest]:.3f} | {logs[0][highest][0]} "
-                       f"| {masses[-1]:.3f} |")
-    return "\n".join(out)
+            lines.append((tau, method, f"{masses[0]:.3f}", f"{masses[highest]:.3f}", logs[0][highest][0],
+                          f"{masses[-1]:.3f}"))
+    return markdown(["tau", "training", "at the start", "highest", "at step", "at the end"], lines)
 
 
 RECORDED = {"gold only, no Stage 0": dict(variant="gold only"), "top 1 and gold": dict(tau=0.01), "tau = 0.9": {}}
@@ -189,19 +191,18 @@ def record_table(rows):
     for size in (0, 16, 64, 256, 1024, sweep.script.V):
         for name, settings in RECORDED.items():
             mine = at(select(rows, tail=size, seed=0, **settings), sweep.DEFAULT["lr"])
-            if mine:
-                lines.append(((name, "all" if size == sweep.script.V else size, len(mine)), mine))
+            lines.append(((name, "all" if size == sweep.script.V else size, len(mine)), mine))
     return table(lines, ("recorded", "tail", "bases"), ("accuracy", "forgetting", "domain NLL", "outside mass"))
 
 
 def differences(arms, titles, measure, form):
     """Each arm, (cells, its rows, those it is compared with): `points` and `measure`, with 95 % intervals."""
-    out = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    for cells, group, reference in arms:
-        a, b = points(group, reference), map(form.format, measure(group, reference))
-        out.append("| " + " | ".join(map(str, cells)) + f" | {a[0]:+.1f} | {a[1]:+.1f} to {a[2]:+.1f} "
-                   f"| {next(b)} | {next(b)} to {next(b)} |")
-    return "\n".join(out)
+    def interval(form, found):
+        middle, low, high = map(form.format, found)
+        return middle, f"{low} to {high}"
+
+    return markdown(titles, ([*cells, *interval("{:+.1f}", points(group, reference)),
+                              *interval(form, measure(group, reference))] for cells, group, reference in arms))
 
 
 def record_claim(rows):
@@ -223,11 +224,10 @@ def record_by_rate(rows):
 
 def sql_table(rows):
     """What else the base could do: SQL over schemas that nobody trained on."""
-    names = ("full+adamw", "full+adamw, eps 1e-05", "full+adamw, eps 0.0001", "full+adamw, mixed",
-             "full+adamw, KL to base", "tail+adamw", "tail+adamw, KL to base", "tail+moclip")
+    names = ("full+adamw", "full+adamw, eps 1e-05", "full+adamw, eps 0.0001", "full+adamw, KL to base", "tail+adamw",
+             "tail+moclip")
     arms = {**{name: ARMS[name] for name in names}, "replay+adamw": dict(method="replay+adamw")}
-    lines = [((name,), [row for row in at(select(rows, seed=0, **settings), sweep.DEFAULT["lr"])
-                        if not math.isnan(row["forgetting_sql"])]) for name, settings in arms.items()]
+    lines = [((name,), at(select(rows, seed=0, **settings), sweep.DEFAULT["lr"])) for name, settings in arms.items()]
     return table(lines, ("arm, lr 6e-4",), ("accuracy", "forgetting", "of SQL over other schemas"))
 
 
@@ -300,15 +300,15 @@ def rivals_claim(rows):
 
 def rivals_speed(_):
     found = json.loads(sweep.RESULTS.with_name("rivals.json").read_text())
-    lines = [f"| {name} | {ratio:.2f} |" for name, ratio in found.items()]
-    return "\n".join(["| arm | time of a step, full+adamw's = 1 |", "|---|---|", *lines])
+    return markdown(["arm", "time of a step, full+adamw's = 1"], ((name, f"{x:.2f}") for name, x in found.items()))
 
 
 def cap_table(rows):
     lines = [((method, batch, f"{cap:g}°", f"{lr:g}", len(mine)), mine)
              for method, batch in (("full+moclip", 32), ("tail+moclip", 32), ("tail+moclip", 8))
-             for cap, lrs in ((60.0, (2e-4, 4e-4, 6e-4)), (75.0, (6e-4,)), (90.0, (6e-4,)), (180.0, (6e-4,)))
-             for lr in lrs if (mine := at(select(rows, method=method, batch=batch, max_angle=cap, seed=0), lr))]
+             for cap in (45.0, 60.0, 75.0, 90.0, 180.0)
+             for lr, mine in by_rate(select(rows, method=method, batch=batch, max_angle=cap, seed=0)).items()
+             if cap < 90 or lr == sweep.DEFAULT["lr"]]
     return table(lines, ("method", "batch", "cap", "lr", "bases"), ("accuracy", "forgetting", "domain NLL", "clipped",
                                                                     "spikes"))
 
@@ -334,28 +334,24 @@ def size_table(rows):
     """A row is a size and a rate, a column an arm."""
     measures = "accuracy", "forgetting", "domain NLL"
     titles = [f"{measure}, {arm}" for measure in measures for arm in sweep.THREE]
-    out = ["| parameters | lr | " + " | ".join(titles) + " |", "|" + "---|" * (2 + len(titles))]
+    lines = []
     for width in (96, sweep.script.WIDTH, 384):
         for lr in sweep.DOUBLED:
             mine = [at(select(rows, width=width, method=method, base=0, seed=0), lr) for method in sweep.THREE]
             if all(mine):
-                cells = [spread(group, *MEASURES[measure]) for measure in measures for group in mine]
-                out.append(f"| {mine[0][0]['parameters']:,} | {lr:g} | " + " | ".join(cells) + " |")
-    return "\n".join(out)
+                lines.append((f"{mine[0][0]['parameters']:,}", f"{lr:g}",
+                              *(spread(group, *MEASURES[measure]) for measure in measures for group in mine)))
+    return markdown(["parameters", "lr", *titles], lines)
 
 
 def advice_table(rows):
-    """What `theory.py --advise` says (tau = 0.9, a tail of V/50) and its neighbours, at sizes it was not made from."""
-    lines = []
-    for width in (96, 384):
-        for name, tail, settings in (("tau = 0.9", 256, {}), ("tau = 0.9", 64, {}), ("tau = 0.9", 1024, {}),
-                                     ("gold only, no Stage 0", 256, dict(variant="gold only")),
-                                     ("top 1 and gold", 256, dict(tau=0.01)), ("tau = 0.5", 256, dict(tau=0.5)),
-                                     ("tau = 0.98", 256, dict(tau=0.98))):
-            mine = at(select(rows, width=width, base=0, seed=0, tail=tail, **settings), 8e-4)
-            if mine:
-                lines.append(((f"{mine[0]['parameters']:,}", name, tail), mine))
-    return table(lines, ("parameters", "recorded", "tail"), ("accuracy", "forgetting", "domain NLL", "outside mass"))
+    """What `theory.py --advise` says (tau = 0.9, a tail of V/50) and its neighbours, at a size it was not made from."""
+    arms = [("tau = 0.9", tail, {}) for tail in (256, 64, 1024)]
+    arms += [(name, 256, settings) for name, settings in (*list(RECORDED.items())[:2], ("tau = 0.5", dict(tau=0.5)),
+                                                          ("tau = 0.98", dict(tau=0.98)))]
+    lines = [((name, tail), at(select(rows, width=96, base=0, seed=0, tail=tail, **settings), 8e-4))
+             for name, tail, settings in arms]
+    return table(lines, ("recorded", "tail"), ("accuracy", "forgetting", "domain NLL", "outside mass"))
 
 
 def late_table(rows):
@@ -389,47 +385,44 @@ def variance_table(_):
         arms[row["batch"], row["tail"], row["record"]][row["model"]] = row
     titles = ["batch", "tail", "recorded", "error of the sum, before training", "bias, nats", "noise, nats",
               "error of the gradient", "error of the gradient, after training"]
-    out = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    lines = []
     for arm, found in sorted(arms.items(), key=lambda item: item[0][:2]):
         first, last = found["before training"], found["after it"]
-        out.append("| " + " | ".join(map(str, arm)) + f" | {first['sum']:.0%} | {first['bias']:.4f} "
-                   f"| {first['noise']:.4f} | {first['body']:.0%} | {last['body']:.0%} |")
-    return "\n".join(out)
+        lines.append((*arm, f"{first['sum']:.0%}", f"{first['bias']:.4f}", f"{first['noise']:.4f}",
+                      f"{first['body']:.0%}", f"{last['body']:.0%}"))
+    return markdown(titles, lines)
 
 
 def speed_table(_):
     found = json.loads(sweep.RESULTS.with_name("speed.json").read_text())
-    lines = [f"| {row['what']} | {row['value']} | {row['target']} |" for row in found["rows"]]
-    return "\n".join(["| what | measured | aim |", "|---|---|---|", *lines])
+    return markdown(["what", "measured", "aim"], ((row["what"], row["value"], row["target"]) for row in found["rows"]))
 
 
 def pretrained_table(_):
     """The rows of the present script, which knows a tail; ± over seeds, as many as `seeds`."""
     lines = collections.defaultdict(list)
     for study in json.loads(sweep.RESULTS.with_name("pretrained.json").read_text()):
+        variant = study["config"].get("variant")
         for run in study["runs"]:
-            if "tail" in study["config"] and run["method"] != "base":
-                tau = float(study["config"]["tau"])
-                recorded = "-" if run["method"].startswith("full") else f"tau = {tau:g}" if tau else "gold only"
-                name = run["method"] + ", head frozen" * ("freeze_head" in study["config"])
-                lines[name, recorded, study["config"]["lr"]].append({**run, "accuracy": run["domain_accuracy"],
-                                                                     "domain_nll_test": run["domain_nll"]})
-    return table([((*cells, len(runs)), runs) for cells, runs in lines.items()],
-                 ("method", "recorded", "lr", "seeds"), ("accuracy", "forgetting", "domain NLL"))
+            if variant is not None and run["method"] != "base":
+                name = ", ".join(filter(None, (run["method"], variant)))
+                lines[name].append({**run, "accuracy": run["domain_accuracy"], "domain_nll_test": run["domain_nll"]})
+    return table([((name, len(runs)), runs) for name, runs in lines.items()],
+                 ("arm", "seeds"), ("accuracy", "forgetting", "domain NLL"))
 
 
 def earlier_table(_):
     """The rows of the script before it knew a tail."""
-    out = ["| tau | lr | method | accuracy | forgetting | domain NLL | tokens a row |", "|" + "---|" * 7]
+    lines = []
     for study in json.loads(sweep.RESULTS.with_name("pretrained.json").read_text()):
         at, late = study["config"], study["config"].get("record_at", "0") != "0"
         for run in study["runs"]:
             if "tail" not in at and run["method"] != "base":
                 size = f"{run['subset_size_mean']:.0f}" if run.get("subset_size_mean") else "all"
                 name = run["method"] + ", recorded at step 8" * (late and not run["method"].startswith("full"))
-                out.append(f"| {at['tau']} | {at['lr']} | {name} | {run['domain_accuracy']:.1%} "
-                           f"| {run['forgetting']:.3f} | {run['domain_nll']:.3f} | {size} |")
-    return "\n".join(out)
+                lines.append((at["tau"], at["lr"], name, f"{run['domain_accuracy']:.1%}", f"{run['forgetting']:.3f}",
+                              f"{run['domain_nll']:.3f}", size))
+    return markdown(["tau", "lr", "method", "accuracy", "forgetting", "domain NLL", "tokens a row"], lines)
 
 
 def first_run(_):
@@ -441,19 +434,17 @@ def first_run(_):
 
 
 def bases_table(_):
-    lines = [f"| {row['base']} | `{row['fingerprint']}` | {row['parameters']:,} | {row['domain_nll_test']:.3f} "
-             f"| {row['general_nll_test']:.3f} |" for row in json.loads(sweep.RESULTS.read_text())["bases"]]
-    titles = ["base seed", "fingerprint", "parameters", "domain NLL", "general NLL"]
-    return "\n".join(["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles), *lines])
+    lines = [(row["base"], f"`{row['fingerprint']}`", f"{row['parameters']:,}", f"{row['domain_nll_test']:.3f}",
+              f"{row['general_nll_test']:.3f}") for row in json.loads(sweep.RESULTS.read_text())["bases"]]
+    return markdown(["base seed", "fingerprint", "parameters", "domain NLL", "general NLL"], lines)
 
 
 TABLES = {"main": main_table, "frontier": frontier_table, "claim": claim, "tau": tau_table, "drift": drift_table,
           "record": record_table, "record claim": record_claim, "rivals": rivals_table, "rivals claim": rivals_claim,
           "same rate": same_rate, "tolerances": tolerances, "record by rate": record_by_rate, "sql": sql_table,
-          "eps": eps_table, "interpolation": interpolation_table,
-          "rivals speed": rivals_speed, "size": size_table, "advice": advice_table, "cap": cap_table,
-          "stability": stability_table, "batch": batch_table, "late": late_table, "controls": controls_table,
-          "classes": classes_table, "variance": variance_table,
+          "eps": eps_table, "interpolation": interpolation_table, "rivals speed": rivals_speed, "size": size_table,
+          "advice": advice_table, "cap": cap_table, "stability": stability_table, "batch": batch_table,
+          "late": late_table, "controls": controls_table, "classes": classes_table, "variance": variance_table,
           "first run": first_run, "bases": bases_table, "speed": speed_table, "pretrained": pretrained_table,
           "pretrained, earlier": earlier_table}
 READMES = sweep.ROOT / "README.md", sweep.ROOT / "experiments/README.md", sweep.ROOT / "THEORY.md"

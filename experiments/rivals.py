@@ -6,6 +6,7 @@ run; it returns (score, optimizer) as `train_small.finetune` takes them, None fo
     python experiments/rivals.py        # what a step costs with general text, a minute; writes results/rivals.json
 """
 
+import copy
 import itertools
 import json
 import statistics
@@ -256,8 +257,7 @@ def main():
     arms, times = {}, {}
     for method in ("full+adamw", "tail+adamw"):
         for variant in ("", "mixed", "KL to base"):
-            model = script.Model()
-            model.load_state_dict(base.model.state_dict())
+            model = copy.deepcopy(base.model)
             c = SimpleNamespace(model=model, base=base.model, data=base.data, record=record, args=s, method=method,
                                 seed=0, generator=torch.Generator().manual_seed(0))
             score = VARIANTS[variant](c)[0] or own(c)

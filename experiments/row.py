@@ -6,6 +6,7 @@ Base 0 of the study at its default setting. Of the training positions that recor
 probable of them, the one whose outside mass rose most under the paper's loss: an extreme, to show what can happen.
 """
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -41,8 +42,7 @@ def main():
 
     parts, trained = {"base": probabilities(base.model)}, {}
     for method in ("replay+adamw", "tail+adamw"):
-        trained[method] = script.Model()
-        trained[method].load_state_dict(base.model.state_dict())
+        trained[method] = copy.deepcopy(base.model)
         script.finetune(trained[method], method, base.data.domain_train, record, lambda *_: 0.0, s, s.seed, CPU)
         parts[method] = probabilities(trained[method])
     before, after = outside(parts["base"]), outside(parts["replay+adamw"])

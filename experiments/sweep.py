@@ -9,6 +9,7 @@ known by the fingerprint of its weights: another machine may make another one fr
 
 import argparse
 import collections
+import copy
 import functools
 import itertools
 import json
@@ -82,9 +83,9 @@ def grid():
         + runs(method="full+adamw", variant=("head frozen", "head rows of the batch"), lr=RATES, base=0),
         "record by size": runs(tail=sizes, tau=(0.01, 0.9), base=0) + runs(tail=sizes[1:], variant="gold only", base=0),
         "tau, all": runs(method=("tail+adamw", "replay+adamw"), tau=TAUS, base=0),
-        "small cap, all": runs(method=("full+moclip", "tail+moclip"), max_angle=60.0, lr=(1e-4, 2e-4, 3e-4, 4e-4), base=0)
-        + runs(method=("full+moclip", "tail+moclip"), max_angle=75.0, lr=(2e-4, 4e-4, 6e-4), base=0)
-        + runs(method=("full+moclip", "tail+moclip"), max_angle=45.0, lr=(1e-4, 2e-4), base=0),
+        "small cap, all": [run for cap, lrs in ((60.0, (1e-4, 2e-4, 3e-4, 4e-4)), (75.0, (2e-4, 4e-4, 6e-4)),
+                                                (45.0, (1e-4, 2e-4)))
+                           for run in runs(method=("full+moclip", "tail+moclip"), max_angle=cap, lr=lrs, base=0)],
         "interpolation": runs(method="full+adamw", variant=ALPHAS, lr=(8e-4, 1.6e-3, 2.4e-3), base=0),
         "eps, all": runs(method="full+adamw", variant=EPS, lr=(6e-4, 8e-4), base=0),
         "scope": runs(method="tail+moclip", scope=("global", "tensor"), base=0),
@@ -108,8 +109,8 @@ def other_sql(data):
     counts = collections.Counter(re.findall(r"\b[a-z]{4,9}\b", data.tokenizer.decode(data.streams[0].tolist())))
     words = [word for word, _ in counts.most_common(100)]
     schemas = [script.random_schema(rng, words) for _ in range(20)]
-    return script.encode_domain(data.tokenizer, [script.ask(rng, rng.choice(list(script.FORMS)), rng.choice(schemas), {})
-                                                 for _ in range(200)])
+    pairs = [script.ask(rng, rng.choice(list(script.FORMS)), rng.choice(schemas), {}) for _ in range(200)]
+    return script.encode_domain(data.tokenizer, pairs)
 
 
 @functools.cache
@@ -178,8 +179,7 @@ def run(settings):
     at_width(s.width)
     if s.tau not in base.records:
         base.records[s.tau] = script.stage0(base.model, *base.data.domain_train, s.tau, CPU)
-    model, record = script.Model(), base.records[s.tau]
-    model.load_state_dict(base.model.state_dict())
+    model, record = copy.deepcopy(base.model), base.records[s.tau]
     c = SimpleNamespace(model=model, base=base.model, data=base.data, record=record, args=s, method=s.method,
                         seed=s.seed, generator=torch.Generator().manual_seed(2**31 + s.seed))
     score, optimizer = rivals.VARIANTS[s.variant](c)

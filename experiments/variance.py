@@ -12,6 +12,7 @@ size the loss L_R and its gradient are drawn 32 times, over two batches, and com
     head      the same, of the head
 """
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -67,8 +68,7 @@ def main():
     data = base.data.domain_train
     records = {"gold only": None} | {name: script.stage0(base.model, *data, tau, CPU) for name, tau in
                                      (("top 1 and gold", 0.01), ("tau = 0.9", 0.9), ("tau = 0.98", 0.98))}
-    trained = script.Model()
-    trained.load_state_dict(base.model.state_dict())
+    trained = copy.deepcopy(base.model)
     script.finetune(trained, "tail+adamw", data, records["tau = 0.9"], lambda *_: 0.0, s, s.seed, CPU)
     rows = [{"model": name, "batch": batch, "record": record, "tail": tail,
              **measure(model.eval(), data, records[record], tail, batch)}

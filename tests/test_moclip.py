@@ -232,7 +232,8 @@ def test_the_first_step_reports_no_angle_and_moves_by_lr():
     assert torch.equal(w, torch.tensor([0.875, 2.125])) and optimizer.last_angle == 0 and not optimizer.last_clipped
 
 
-@pytest.mark.parametrize("size_g, size_m, seen", [(1e-18, 1.0, True), (1e-25, 1.0, False), (1.0, 1e-22, False)])
+@pytest.mark.parametrize("size_g, size_m, seen", [(1e-18, 1.0, True), (1e-25, 1.0, False), (1e-25, 1e-15, False),
+                                                  (1.0, 1e-22, False)])
 def test_a_vector_whose_square_float32_lacks_has_no_angle_and_restarts_nothing(size_g, size_m, seen):
     w = torch.nn.Parameter(torch.zeros(2))
     optimizer = MoClip([w], betas=(0.5, 0.9), max_angle=1.0)
@@ -241,6 +242,16 @@ def test_a_vector_whose_square_float32_lacks_has_no_angle_and_restarts_nothing(s
         optimizer.step()
     assert optimizer.last_angle.item() == pytest.approx(math.atan2(2, -1) * seen, abs=8 * EPS32)
     assert optimizer.last_clipped == seen and (seen or torch.equal(optimizer.state[w]["exp_avg"], (m + g) / 2))
+
+
+def test_in_one_scope_the_coarser_dtype_decides_which_squares_are_lost():
+    weights = [torch.nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    optimizer = MoClip(weights)
+    for g in [1e-25, 0.0], [0.0, 1e-25]:
+        for w in weights:
+            w.grad = torch.tensor(g, dtype=w.dtype)
+        optimizer.step()
+    assert optimizer.last_angle == 0  # of two halves of one vector one has no square in float32
 
 
 @pytest.mark.parametrize("dtype, state_dtype", [
