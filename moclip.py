@@ -92,7 +92,7 @@ class MoClip(torch.optim.Optimizer):
     arXiv:2510.09152's. a = 4/pi and b = 1 make a step with m = sqrt(v) exactly lr, as in Adam, and no coordinate ever
     moves by more than lr a pi/2 = 2 lr, decay apart (M4; 1.826 lr at the default betas). atan2(0, 0) = 0, so Adam's
     epsilon in the denominator is not needed, and without it scaling the loss by a constant changes nothing (M5); what
-    a large epsilon does and this cannot: R10(e).
+    a large epsilon does and this cannot do: R10(e).
 
     Args:
         params: parameters or parameter groups; every option below but `scope` may differ between groups
