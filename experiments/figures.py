@@ -116,7 +116,7 @@ def frontier(plt):
     for variant, marker in (("mixed", "^"), ("KL to base", "v"), ("eps 0.0001", "*")):
         for method, color in (("full+adamw", GREY), ("tail+adamw", BLUE)):
             rows_of = report.select(rows, method=method, variant=variant)
-            groups = [report.at(rows_of, lr) for lr in (6e-4, 8e-4)]
+            groups = [report.at(rows_of, lr) for lr in (report.sweep.RATES[:6] if "eps" in variant else (6e-4, 8e-4))]
             upper.plot([report.mean(group, "forgetting") for group in groups],
                        [100 * report.mean(group, "accuracy") for group in groups], ":", marker=marker, ms=6,
                        color=color, label=f"{method}, {variant}")

@@ -1,14 +1,14 @@
-"""A pretrained Hugging Face causal LM on the domain of train_small.py, with its own tokenizer, by the Trainer.
+"""A pretrained Hugging Face causal LM on the domain of train_small.py or of calls.py, by the Trainer.
 
     pip install transformers accelerate                        # and gguf, for a model in a GGUF file
     python experiments/pretrained.py --model NAME_OR_DIR [--gguf FILE] [--seeds 0 1 2]
     torchrun --nproc_per_node 2 experiments/pretrained.py --model NAME_OR_DIR
 
-Stage 0, evaluation and schedule are train_small.py's own functions; the model is only put into the shape that they
-expect. Under torchrun every process records its shard of the corpus and the Trainer wraps the model in DDP (FSDP would
-shard the head, which is applied here outside the model's forward: keep it whole). Each run starts from the pretrained
-weights; what is measured goes to experiments/results/pretrained.json as soon as it is. With --checkpoints a run that
-was interrupted goes on from the Trainer's last checkpoint, with the record that lies beside it.
+Stage 0, evaluation and schedule are train_small.py's own functions; model and tokenizer are put into the shape that
+they expect. Under torchrun every process records its shard of the corpus and the Trainer wraps the model in DDP (FSDP
+would shard the head, which is applied here outside the model's forward: keep it whole). Each run starts from the
+pretrained weights; what is measured goes to experiments/results/pretrained.json as soon as it is. With --checkpoints a
+run that was interrupted goes on from the Trainer's last checkpoint, with the record that lies beside it.
 """
 
 import argparse
@@ -28,7 +28,8 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import rivals  # noqa: E402  (its folder is on the path only now)
+import calls  # noqa: E402  (its folder is on the path only now)
+import rivals  # noqa: E402
 import train_small as script  # noqa: E402
 from logits_replay import ReplayRecord, outside_mass  # noqa: E402
 
@@ -102,8 +103,10 @@ def main():
     parser.add_argument("--model", required=True, help="name or folder of a causal LM")
     parser.add_argument("--gguf", help="GGUF file in that folder")
     parser.add_argument("--methods", nargs="+", default=list(script.METHODS), choices=script.METHODS)
-    parser.add_argument("--variant", default="", choices=("", "gold only", "head frozen", "mixed", "KL to base"),
+    parser.add_argument("--variant", default="",
+                        choices=("", "gold only", "head frozen", "mixed", "KL to base", "eps 0.0001"),
                         help="a rival or a control of rivals.py, built on the methods (frozen: with a tied embedding)")
+    parser.add_argument("--domain", default="sql", choices=("sql", "calls"), help="train_small.py's, or calls.py's")
     parser.add_argument("--tau", type=float, default=0.95)
     parser.add_argument("--tail", type=int, default=256, help="tokens that a tail method samples for each batch")
     parser.add_argument("--max-angle", type=float, default=90, help="MoClip's cap, in degrees")
@@ -139,9 +142,13 @@ def main():
         model.is_quantized = False  # the weights of a GGUF file are float32 by now; the flag still says otherwise
         return model.to(device)
 
-    rng = random.Random(0)
-    database = script.Database(rng)
-    train, *held_out = script.domain_split(rng, database, 120)
+    if args.domain == "sql":
+        rng = random.Random(0)
+        database = script.Database(rng)
+        train, *held_out = script.domain_split(rng, database, 120)
+    else:
+        database, script.prompt, pairs = calls, calls.prompt, calls.pairs(0, args.train + 2 * args.test)
+        train, *held_out = pairs[:args.train], pairs[args.train:-args.test], pairs[-args.test:]
     documents, script.CONTEXT = script.general_documents(), 96
     data = SimpleNamespace(tokenizer=tokens, database=database)
     for part, questions in zip(("test", "validation"), reversed(held_out)):

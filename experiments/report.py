@@ -232,10 +232,18 @@ def sql_table(rows):
 
 
 def eps_table(rows):
+    """Values of eps, and 1e-4 of the head alone and of the body alone."""
     lines = [((method, eps.removeprefix("eps ") or "1e-08", f"{lr:g}", len(mine)), mine)
-             for method in ("full+adamw", "tail+adamw") for eps in ("", *sweep.EPS) for lr in (6e-4, 8e-4)
-             if (mine := at(select(rows, method=method, variant=eps, seed=0), lr))]
-    return table(lines, ("method", "eps", "lr", "bases"), ("accuracy", "forgetting", "domain NLL", "head moved"))
+             for method in ("full+adamw", "tail+adamw") for eps in ("", *sweep.EPS, *sweep.PARTS) for lr in (6e-4, 8e-4)
+             if (mine := at(select(rows, method=method, variant=eps), lr))]
+    return table(lines, ("method", "eps", "lr", "runs"), ("accuracy", "forgetting", "domain NLL", "head moved"))
+
+
+def eps_frontier(rows):
+    lines = [((method, eps.removeprefix("eps "), f"{lr:g}"), at(select(rows, method=method, variant=eps), lr))
+             for method, eps in (("full+adamw", sweep.EPS[2]), ("tail+adamw", sweep.EPS[2]),
+                                 ("full+adamw", sweep.EPS[3])) for lr in sweep.RATES]
+    return table([line for line in lines if len(line[1]) > 1], ("method", "eps", "lr"), ("accuracy", "forgetting"))
 
 
 def interpolation_table(rows):
@@ -398,17 +406,33 @@ def speed_table(_):
     return markdown(["what", "measured", "aim"], ((row["what"], row["value"], row["target"]) for row in found["rows"]))
 
 
-def pretrained_table(_):
-    """The rows of the present script, which knows a tail; ± over seeds, as many as `seeds`."""
-    lines = collections.defaultdict(list)
+def pretrained(domain):
+    """{(arm, lr): its rows}, of the present script, which knows a tail; a row is a seed."""
+    arms = collections.defaultdict(list)
     for study in json.loads(sweep.RESULTS.with_name("pretrained.json").read_text()):
-        variant = study["config"].get("variant")
+        at = study["config"]
         for run in study["runs"]:
-            if variant is not None and run["method"] != "base":
-                name = ", ".join(filter(None, (run["method"], variant)))
-                lines[name].append({**run, "accuracy": run["domain_accuracy"], "domain_nll_test": run["domain_nll"]})
-    return table([((name, len(runs)), runs) for name, runs in lines.items()],
-                 ("arm", "seeds"), ("accuracy", "forgetting", "domain NLL"))
+            if at.get("domain") == domain and run["method"] != "base":
+                name = ", ".join(filter(None, (run["method"], at["variant"])))
+                arms[name, float(at["lr"])].append({**run, "accuracy": run["domain_accuracy"],
+                                                    "domain_nll_test": run["domain_nll"]})
+    return arms
+
+
+def pretrained_table(domain):
+    """At the rate of the text; ± over seeds, as many as `seeds`."""
+    lines = [((name, len(runs)), runs) for (name, lr), runs in pretrained(domain).items() if lr == 1e-4]
+    return table(lines, ("arm", "seeds"), ("accuracy", "forgetting", "domain NLL"))
+
+
+def pretrained_rates(_):
+    """The rates, on validation questions, of the one seed that has all of them."""
+    lines = []
+    for (name, lr), runs in sorted(pretrained("sql").items()):
+        lines += [(name, f"{lr:g}", f"{run['domain_accuracy_validation']:.1%}", f"{run['domain_nll_validation']:.3f}",
+                   f"{run['accuracy']:.1%}", f"{run['forgetting']:.3f}")
+                  for run in runs if run["seed"] == 1 and name in sweep.FOUR]
+    return markdown(["arm", "lr", "accuracy, validation", "domain NLL, validation", "accuracy", "forgetting"], lines)
 
 
 def earlier_table(_):
@@ -442,11 +466,13 @@ def bases_table(_):
 TABLES = {"main": main_table, "frontier": frontier_table, "claim": claim, "tau": tau_table, "drift": drift_table,
           "record": record_table, "record claim": record_claim, "rivals": rivals_table, "rivals claim": rivals_claim,
           "same rate": same_rate, "tolerances": tolerances, "record by rate": record_by_rate, "sql": sql_table,
-          "eps": eps_table, "interpolation": interpolation_table, "rivals speed": rivals_speed, "size": size_table,
+          "eps": eps_table, "eps by rate": eps_frontier, "interpolation": interpolation_table,
+          "rivals speed": rivals_speed, "size": size_table,
           "advice": advice_table, "cap": cap_table, "stability": stability_table, "batch": batch_table,
           "late": late_table, "controls": controls_table, "classes": classes_table, "variance": variance_table,
-          "first run": first_run, "bases": bases_table, "speed": speed_table, "pretrained": pretrained_table,
-          "pretrained, earlier": earlier_table}
+          "first run": first_run, "bases": bases_table, "speed": speed_table, "pretrained, earlier": earlier_table,
+          "pretrained": lambda _: pretrained_table("sql"), "calls": lambda _: pretrained_table("calls"),
+          "pretrained rates": pretrained_rates}
 READMES = sweep.ROOT / "README.md", sweep.ROOT / "experiments/README.md", sweep.ROOT / "THEORY.md"
 
 

@@ -100,9 +100,14 @@ def interpolated(alpha):
     return build
 
 
-def large_eps(eps):
-    """AdamW whose eps takes the normalization off rows with gradients below it (its default: 1e-8)."""
-    return lambda c: (None, torch.optim.AdamW(c.model.parameters(), c.args.lr, eps=eps, weight_decay=0.0))
+def large_eps(eps, head=True, body=True):
+    """AdamW whose eps takes the normalization off rows with gradients below it (its default: 1e-8); of a part alone."""
+    def build(c):
+        weight, default = c.model.embedding.weight, 1e-8
+        groups = [{"params": [weight], "eps": eps if head else default},
+                  {"params": [p for p in c.model.parameters() if p is not weight], "eps": eps if body else default}]
+        return None, torch.optim.AdamW(groups, c.args.lr, weight_decay=0.0)
+    return build
 
 
 class MatchedAdamW(torch.optim.AdamW):
@@ -243,6 +248,7 @@ VARIANTS = {"": lambda c: (None, None), "head frozen": head_frozen, "head rows o
             "matched norm": matched_norm, "torque-aware": torque_aware,
             **{f"interpolated, {alpha}": interpolated(alpha) for alpha in (0.5, 0.75)},
             **{f"eps {eps:g}": large_eps(eps) for eps in (1e-6, 1e-5, 1e-4, 1e-3)},
+            "eps 0.0001, head": large_eps(1e-4, body=False), "eps 0.0001, body": large_eps(1e-4, head=False),
             "gold only": gold_only, "uniform only": uniform_only, "frozen sum": frozen_sum,
             "recorded at 40": recorded_at({40}), "recorded every epoch": recorded_at({0, 58, 116, 174}),
             "bfloat16": bfloat16, "spikes": spikes}

@@ -43,6 +43,7 @@ TAUS = (0.01, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 FOUR, THREE = ("full+adamw", "full+moclip", "tail+adamw", "tail+moclip"), ("full+adamw", "tail+adamw", "tail+moclip")
 RIVALS = ("head frozen", "head rows of the batch", "mixed", "KL to base", "matched norm", "torque-aware")
 ALPHAS, EPS = ("interpolated, 0.5", "interpolated, 0.75"), ("eps 1e-06", "eps 1e-05", "eps 0.0001", "eps 0.001")
+PARTS = "eps 0.0001, head", "eps 0.0001, body"
 
 
 def grid():
@@ -65,6 +66,10 @@ def grid():
         "tau": runs(method=("tail+adamw", "replay+adamw"), tau=(0.9, 0.95, 0.99)),
         "record by rate": runs(variant="gold only", lr=CENTRE),
         "eps": runs(method="full+adamw", variant=EPS[1:3], lr=(6e-4, 8e-4)) + runs(variant=EPS[2], lr=(6e-4, 8e-4)),
+        "eps by rate": runs(seed=1, method=("full+adamw", "tail+adamw"), variant=EPS[2], lr=8e-4)
+        + runs(method=("full+adamw", "tail+adamw"), variant=EPS[2], lr=RATES)
+        + runs(method="full+adamw", variant=EPS[3], lr=RATES[3:]),
+        "eps, a part": runs(method="full+adamw", variant=PARTS, lr=(6e-4, 8e-4)),
         "small cap": runs(method=("full+moclip", "tail+moclip"), max_angle=60.0, lr=(2e-4, 3e-4)),
         "rivals, tail": runs(method="full+adamw", variant="KL every 5th step")
         + runs(variant=("KL every 5th step", "matched norm")),
