@@ -1,4 +1,4 @@
-"""The tables of README.md, experiments/README.md and THEORY.md, from experiments/results/*.json alone:
+"""The tables of README.md, THEORY.md and this folder's README.md and TABLES.md, from experiments/results/*.json alone:
 
     python experiments/report.py            # writes each between its marks, <!-- table NAME --> and <!-- end -->
 
@@ -231,19 +231,12 @@ def sql_table(rows):
     return table(lines, ("arm, lr 6e-4",), ("accuracy", "forgetting", "of SQL over other schemas"))
 
 
-def eps_table(rows):
+def eps_table(rows, lrs):
     """Values of eps, and 1e-4 of the head alone and of the body alone."""
     lines = [((method, eps.removeprefix("eps ") or "1e-08", f"{lr:g}", len(mine)), mine)
-             for method in ("full+adamw", "tail+adamw") for eps in ("", *sweep.EPS, *sweep.PARTS) for lr in (6e-4, 8e-4)
+             for method in ("full+adamw", "tail+adamw") for eps in ("", *sweep.EPS, *sweep.PARTS) for lr in lrs
              if (mine := at(select(rows, method=method, variant=eps), lr))]
     return table(lines, ("method", "eps", "lr", "runs"), ("accuracy", "forgetting", "domain NLL", "head moved"))
-
-
-def eps_frontier(rows):
-    lines = [((method, eps.removeprefix("eps "), f"{lr:g}"), at(select(rows, method=method, variant=eps), lr))
-             for method, eps in (("full+adamw", sweep.EPS[2]), ("tail+adamw", sweep.EPS[2]),
-                                 ("full+adamw", sweep.EPS[3])) for lr in sweep.RATES]
-    return table([line for line in lines if len(line[1]) > 1], ("method", "eps", "lr"), ("accuracy", "forgetting"))
 
 
 def interpolation_table(rows):
@@ -311,12 +304,13 @@ def rivals_speed(_):
     return markdown(["arm", "time of a step, full+adamw's = 1"], ((name, f"{x:.2f}") for name, x in found.items()))
 
 
-def cap_table(rows):
+def cap_table(rows, least=3):
+    """What was run on `least` bases."""
     lines = [((method, batch, f"{cap:g}°", f"{lr:g}", len(mine)), mine)
              for method, batch in (("full+moclip", 32), ("tail+moclip", 32), ("tail+moclip", 8))
              for cap in (45.0, 60.0, 75.0, 90.0, 180.0)
              for lr, mine in by_rate(select(rows, method=method, batch=batch, max_angle=cap, seed=0)).items()
-             if cap < 90 or lr == sweep.DEFAULT["lr"]]
+             if len(mine) >= least and (cap < 90 or lr == sweep.DEFAULT["lr"])]
     return table(lines, ("method", "batch", "cap", "lr", "bases"), ("accuracy", "forgetting", "domain NLL", "clipped",
                                                                     "spikes"))
 
@@ -466,14 +460,15 @@ def bases_table(_):
 TABLES = {"main": main_table, "frontier": frontier_table, "claim": claim, "tau": tau_table, "drift": drift_table,
           "record": record_table, "record claim": record_claim, "rivals": rivals_table, "rivals claim": rivals_claim,
           "same rate": same_rate, "tolerances": tolerances, "record by rate": record_by_rate, "sql": sql_table,
-          "eps": eps_table, "eps by rate": eps_frontier, "interpolation": interpolation_table,
-          "rivals speed": rivals_speed, "size": size_table,
-          "advice": advice_table, "cap": cap_table, "stability": stability_table, "batch": batch_table,
-          "late": late_table, "controls": controls_table, "classes": classes_table, "variance": variance_table,
-          "first run": first_run, "bases": bases_table, "speed": speed_table, "pretrained, earlier": earlier_table,
-          "pretrained": lambda _: pretrained_table("sql"), "calls": lambda _: pretrained_table("calls"),
-          "pretrained rates": pretrained_rates}
-READMES = sweep.ROOT / "README.md", sweep.ROOT / "experiments/README.md", sweep.ROOT / "THEORY.md"
+          "eps": lambda rows: eps_table(rows, [8e-4]), "eps, all": lambda rows: eps_table(rows, sweep.RATES),
+          "interpolation": interpolation_table, "rivals speed": rivals_speed, "size": size_table,
+          "advice": advice_table, "cap": cap_table, "cap, all": lambda rows: cap_table(rows, 1),
+          "stability": stability_table, "batch": batch_table, "late": late_table, "controls": controls_table,
+          "classes": classes_table, "variance": variance_table, "first run": first_run, "bases": bases_table,
+          "speed": speed_table, "pretrained": lambda _: pretrained_table("sql"),
+          "calls": lambda _: pretrained_table("calls"), "pretrained rates": pretrained_rates,
+          "pretrained, earlier": earlier_table}
+READMES = [sweep.ROOT / name for name in ("README.md", "experiments/README.md", "experiments/TABLES.md", "THEORY.md")]
 
 
 def fill(text, rows):

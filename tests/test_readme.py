@@ -45,9 +45,20 @@ def test_the_tables_are_those_of_the_result_files(path):
     assert report.fill(text, report.load()) == text
 
 
-def test_every_link_and_every_test_that_the_readme_names_is_there():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
-    assert links and all((ROOT / link).exists() for link in links)
+@pytest.mark.parametrize("path", report.READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading(path):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()) if not link.startswith("http")]
+    assert links
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        if anchor:  # as GitHub names a heading
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], link
+
+
+def test_every_test_that_the_readme_names_is_there():
     sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     tests = re.findall(r"`(test_\w+)`", README)
     assert tests and all(f"def {test}(" in sources for test in tests)
