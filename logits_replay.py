@@ -440,8 +440,7 @@ class _SampledLogits(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, W, rows, offsets, ids, tail_ids):
-        ctx.save_for_backward(h, W, rows, offsets, ids, tail_ids)
+    def forward(h, W, rows, offsets, ids, tail_ids):
         pattern = _csr(offsets, ids, h.new_zeros(len(ids)), (len(h), len(W)))
         with torch.autocast(h.device.type, enabled=False):
             # detached from the sparse tensor that it is a view of: torch.compile looks for strides there
@@ -449,15 +448,20 @@ class _SampledLogits(torch.autograd.Function):
             return z, None if tail_ids is None else h @ W[tail_ids].t()
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
     def backward(ctx, *grads):
         h, W, rows, offsets, ids, tail_ids = ctx.saved_tensors
-        grads = grads[:1] if tail_ids is None else grads
         with torch.autocast(h.device.type, enabled=False):  # as in forward: the sparse products lack bfloat16
-            if torch.is_grad_enabled():  # a second derivative is wanted: differentiate the plain formula
-                wanted = [x for x, needed in zip((h, W), ctx.needs_input_grad) if needed]
-                logits = _gathered_logits(h, W, rows, offsets, ids, tail_ids)[:len(grads)]
-                found = iter(torch.autograd.grad(logits, wanted, grads, create_graph=True))
-                return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None, None, None
+            if torch.is_grad_enabled():  # a second derivative is wanted: the same sums in operations that have one
+                grad_h = torch.zeros_like(h).index_add(0, rows, grads[0][:, None] * W[ids])
+                grad_W = torch.zeros_like(W).index_add(0, ids, grads[0][:, None] * h[rows])
+                if tail_ids is not None:
+                    grad_h = grad_h + grads[1] @ W[tail_ids]
+                    grad_W = grad_W.index_add(0, tail_ids, grads[1].t() @ h)
+                return grad_h, grad_W, None, None, None, None
             G = _csr(offsets, ids, grads[0].contiguous(), (len(h), len(W)))
             # dL/dh = G W,   dL/dW = G' h,   with G the (N, V) sparse matrix of dL/dz; and the same with dL/dz_tail
             grad_h = G @ W if ctx.needs_input_grad[0] else None

@@ -271,6 +271,8 @@ def test_derivatives_and_second_derivatives(form, size):
         assert all(gradient.requires_grad for gradient in twice)
         torch.testing.assert_close(twice, torch.autograd.grad(function(*inputs), wanted),  # the fast path's
                                    rtol=0, atol=1e-14)
+    torch.testing.assert_close(torch.func.grad(function, (0, 1, 2))(h, W, b),
+                               torch.autograd.grad(function(h, W, b), (h, W, b)), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("size", [None, 5])
