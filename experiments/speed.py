@@ -1,4 +1,4 @@
-"""Speed and memory as ratios, measured side by side in one run (about 10 minutes on 2 cores):
+"""Speed and memory as ratios, measured side by side in one run (7 minutes on 2 cores):
 
     python experiments/speed.py [--device cuda] [--only head large growth recording file optimizer training]
 

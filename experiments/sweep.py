@@ -1,6 +1,6 @@
 """The study: a resumable grid over train_small.py. Its tables are in experiments/README.md, made by report.py.
 
-    python experiments/sweep.py [--only STUDY ...] [--workers 2]      # what is missing; about 30 s a run and worker
+    python experiments/sweep.py [--only STUDY ...] [--workers 2]      # what is missing; about 50 s a run and worker
 
 Every run is a row of experiments/results/sweep.json, written as soon as it is finished; an interrupted study goes on
 where it stopped. A setting is chosen on validation questions and reported on test questions: a row has both. A base is
@@ -59,6 +59,7 @@ def grid():
         "main, seed 1": runs(seed=1, method=FOUR, lr=(6e-4, 8e-4)) + runs(seed=1, method="replay+adamw", lr=4e-4)
         + runs(seed=1, method="replay+moclip", lr=2e-4) + runs(seed=1, method="full+adamw", lr=(4e-4, 2.4e-3)),
         "rivals": [run for variant in RIVALS for run in runs(method="full+adamw", variant=variant, lr=(6e-4, 8e-4))]
+        + runs(method="full+adamw", variant="head frozen", lr=CENTRE)
         + runs(method="tail+adamw", variant=("KL to base", "mixed"), lr=(6e-4, 8e-4)),
         "record": runs(tail=(0, 16, 256), tau=(0.01, 0.9)) + runs(tail=(16, 256), variant="gold only"),
         "cap": runs(method=("tail+moclip", "full+moclip"), max_angle=(60.0, 90.0, 180.0))
