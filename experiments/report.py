@@ -414,18 +414,20 @@ def pretrained(domain):
 
 
 def pretrained_table(domain):
-    """At the rate of the text; ± over seeds, as many as `seeds`."""
-    lines = [((name, len(runs)), runs) for (name, lr), runs in pretrained(domain).items() if lr == 1e-4]
-    return table(lines, ("arm", "seeds"), ("accuracy", "forgetting", "domain NLL"))
+    """At 1e-4 all, at other rates what has several seeds; ± over seeds."""
+    lines = [((name, f"{lr:g}", len(runs)), runs) for (name, lr), runs in pretrained(domain).items()
+             if lr == 1e-4 or len(runs) > 1]
+    return table(lines, ("arm", "lr", "seeds"), ("accuracy", "forgetting", "domain NLL"))
 
 
 def pretrained_rates(_):
-    """The rates, on validation questions, of the one seed that has all of them."""
-    lines = []
-    for (name, lr), runs in sorted(pretrained("sql").items()):
+    """The rates, on validation questions, of the one seed that has all of them, of the arms with several."""
+    arms, lines = pretrained("sql"), []
+    several = {name for name, count in collections.Counter(name for name, _ in arms).items() if count > 1}
+    for (name, lr), runs in sorted(arms.items()):
         lines += [(name, f"{lr:g}", f"{run['domain_accuracy_validation']:.1%}", f"{run['domain_nll_validation']:.3f}",
                    f"{run['accuracy']:.1%}", f"{run['forgetting']:.3f}")
-                  for run in runs if run["seed"] == 1 and name in sweep.FOUR]
+                  for run in runs if run["seed"] == 1 and name in several]
     return markdown(["arm", "lr", "accuracy, validation", "domain NLL, validation", "accuracy", "forgetting"], lines)
 
 
