@@ -88,10 +88,12 @@ class ReplayRecord:
     @property
     def rows(self) -> Tensor:
         """The row t of every recorded token, (nnz,) int64."""
-        return torch.arange(len(self), device=self.offsets.device).repeat_interleave(self.subset_sizes)
+        t = torch.arange(len(self), device=self.offsets.device)
+        return t.repeat_interleave(self.subset_sizes, output_size=len(self.token_ids))  # else it waits for the device
 
+    @torch.inference_mode(False)  # whoever calls: the losses save these tensors for backward, which that mode forbids
     def select(self, positions) -> "ReplayRecord":
-        """The rows at `positions` (integers in [0, N)), in the order asked for, repeats allowed."""
+        """The rows at `positions` (integers in [0, N), of any shape), in the order asked for, repeats allowed."""
         positions = _check_positions(positions, self)
         sizes = self.subset_sizes[positions]
         offsets = _offsets(sizes)
@@ -99,11 +101,13 @@ class ReplayRecord:
         token_ids = self.token_ids[torch.arange(len(moved), device=moved.device) + moved]
         return ReplayRecord(token_ids, offsets, self.outside_mass[positions], self.vocab_size, self.tau)
 
+    @torch.inference_mode(False)
     def to(self, device) -> "ReplayRecord":
         return ReplayRecord(self.token_ids.to(device), self.offsets.to(device), self.outside_mass.to(device),
                             self.vocab_size, self.tau)
 
     @staticmethod
+    @torch.inference_mode(False)
     def concat(records) -> "ReplayRecord":
         """The rows of all records, in order; ValueError for no records and for unequal vocab_size or tau."""
         return _concat(list(records))
@@ -113,6 +117,7 @@ class ReplayRecord:
         _save(self, path)
 
     @staticmethod
+    @torch.inference_mode(False)
     def load(path) -> "ReplayRecord":
         """Read what `save` wrote, on the CPU, executing nothing from it; ValueError if its CRCs or invariants fail."""
         return _load(path)
@@ -120,7 +125,7 @@ class ReplayRecord:
 
 # ------------------------------------------------------------------------------------------------------------- Stage 0
 
-@torch.inference_mode(False)  # also inside it: autograd saves the record's tensors, and refuses those made under it
+@torch.inference_mode(False)  # as above
 @torch.no_grad()
 def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ignore_index=-100) -> ReplayRecord:
     """Stage 0: the smallest set of most probable tokens that covers tau, and the gold token, for every position.
@@ -132,7 +137,7 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
     softmax (float64 for float64 logits), the running sum float64. tau = 1 takes every token that is needed for the
     rounded sum to reach 1, all V if it never does.
 
-    logits: (..., V), finite, any floating dtype.   target: (...), integers in [0, V) or ignore_index.
+    logits: (..., V), finite; float16, bfloat16, float32, float64.   target: (...), integers in [0, V) or ignore_index.
     tau: in (0, 1].   max_size: if given, an explicit cap >= 1 on |S_t|, gold included, whatever tau asks for.
     Returns the record of the N = prod(...) positions. Raises ValueError naming the argument, the row and the rule.
     Source: arXiv:2510.09152, abstract (Stage 0). Ties, arithmetic and max_size are this project's decisions.
@@ -268,8 +273,8 @@ def sample_tail(target: Tensor, vocab_size: int, size: int, *, ignore_index=-100
         w_j = 1 for a gold token,   w_j = M0 / size for each of the `size` drawn,   M0 = V - number of distinct golds
 
     With size >= 1, P(j in R) w_j = 1: the sum of w_j exp z_j over R without S_t is an unbiased estimate of the sum of
-    exp z_j over all that S_t leaves out (Horvitz and Thompson 1952; THEORY.md R9). The golds are sure since shared
-    parameters push just them up at other positions: what is heavy must not be left to chance. Draw one every step.
+    exp z_j over all that S_t leaves out (Horvitz and Thompson 1952; THEORY.md R9). The golds are always in R: training
+    raises them at every position (shared parameters), and no heavy token may be left to chance. Draw one every step.
 
     target: (...), integers in [0, V) or ignore_index.   vocab_size: V.   generator: a torch.Generator, on any device.
     size: >= 0. M0 or more takes all of them with weight 1 (the loss is `F.cross_entropy`), 0 takes the golds only.
@@ -351,11 +356,11 @@ def _cover(p: Tensor, y: Tensor, tau: float, max_size):
     if decided.all():
         return row, token, rho
     wide = (~decided).nonzero()[:, 0]
-    # float64 by rank: a histogram adds in another order, and at tau = 1 the last bit of the sum decides; float32
-    # terms leave a float64 sum 29 bits to spare. Nor at small V: the bins would outweigh the row
-    if max_size is None and p.dtype == torch.float32 and V > 2048:
-        wide_row, wide_token, rho[wide] = _cover_by_histogram(p[wide], y[wide], tau)
-    else:
+    # not for float64, whose sums end within rounding of tau = 1; nor at small V, where the bins outweigh the row
+    clear = max_size is None and p.dtype == torch.float32 and V > 2048
+    if clear:
+        wide_row, wide_token, rho[wide], clear = _cover_by_histogram(p[wide], y[wide], tau)
+    if not clear:
         wide_row, wide_token, rho[wide], _ = _cover_by_rank(p[wide], y[wide], tau, V, limit)
     row, order = torch.cat([row, wide[wide_row]]).sort(stable=True)  # rows of both kinds: back in order
     return row, torch.cat([token, wide_token])[order], rho
@@ -396,7 +401,7 @@ def _cover_by_histogram(p: Tensor, y: Tensor, tau: float):
     bins = (p.view(torch.int32) >> 16).long()
     mass = p.new_zeros(len(p), highest + 1, dtype=torch.float64).scatter_add_(1, bins, p.double())
     above = pad(mass.flip(1).cumsum(1), (1, 0))  # above[:, i]: the mass of the i highest bins
-    i = (above[:, 1:] < tau).sum(1, keepdim=True).clamp(max=highest)
+    i = (above[:, 1:] < tau).sum(1, keepdim=True)
     S, inside = bins > highest - i, bins == highest - i
     # the tokens of that bin, a row each, padded with -1 and ranked
     row, token = inside.nonzero(as_tuple=True)
@@ -405,11 +410,13 @@ def _cover_by_histogram(p: Tensor, y: Tensor, tau: float):
     candidates = p.new_full((len(p), int(counts.max())), -1.0)
     candidates[row, column] = p[row, token]
     top, order = candidates.sort(dim=1, descending=True, stable=True)
-    before = above.gather(1, i) + pad(top.cumsum(1, dtype=torch.float64), (1, 0))[:, :-1]
-    needed = torch.zeros_like(candidates, dtype=torch.bool).scatter_(1, order, before < tau)
+    sums = above.gather(1, i) + pad(top.cumsum(1, dtype=torch.float64), (1, 0))
+    # added in another order than by rank: clear, if no sum is so near to tau that rounding may decide
+    clear = ((sums - tau).abs() > p.shape[1] * 2.0**-51).all()
+    needed = torch.zeros_like(candidates, dtype=torch.bool).scatter_(1, order, sums[:, :-1] < tau)
     S[row, token] = needed[row, column]
     S.scatter_(1, y, True)
-    return *S.nonzero(as_tuple=True), p.masked_fill_(S, 0).sum(1).float().clamp(max=1)
+    return *S.nonzero(as_tuple=True), p.masked_fill_(S, 0).sum(1).float().clamp(max=1), clear
 
 
 # --------------------------------------------------------------------------------------------- fast paths: the logits
@@ -595,6 +602,9 @@ def _check_finite(z: Tensor, z_tail, rows: Tensor) -> None:
 def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias, target: Tensor) -> None:
     if not input.dim():
         raise ValueError("input must have shape (..., d), got a number")
+    for name, x in (("input", input), ("linear_weight", linear_weight)):
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
     _check_shapes("input", input.shape[:-1], target)
     if linear_weight.dim() != 2 or input.shape[-1:] != linear_weight.shape[1:]:
         raise ValueError(f"linear_weight must have shape (V, {input.shape[-1]}), got {tuple(linear_weight.shape)}")

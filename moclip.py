@@ -74,7 +74,7 @@ def clip_angle(grad: Tensor, momentum: Tensor, max_angle: float) -> Tensor:
     g, m = _wide(grad), _wide(momentum)
     m = m / _largest(m)
     theta, ratio = _angle([g / _largest(g)], [m])  # ratio: |g|/|m| of these two
-    # g~ = A g + B m |g|/|m|,   A = sin(Delta) / sin(theta),   B = sin(theta - Delta) / sin(theta)   (THEORY.md M1)
+    # the same g~ without n: A g + B m |g|/|m|,   A = sin(Delta) / sin(theta),   B = sin(theta - Delta) / sin(theta)
     A, B, _, _ = _rotation(theta, max_angle, max(torch.finfo(x.dtype).eps for x in (g, m)))
     return (A * g).add_(m * (B * ratio * _largest(g))).to(grad.dtype)
 
@@ -172,7 +172,7 @@ class MoClip(torch.optim.Optimizer):
             # w = (1 - lr weight_decay) w - lr a atan2(m / c1, b sqrt(v / c2)),   c1 = 1 - beta1^t,   c2 = 1 - beta2^t
             t = state["step"].double()  # in float32, 1 - 0.999^t would lose four digits
             c1, c2 = 1 - beta1**t, 1 - beta2**t
-            # atan2(m / c1, y) = atan2(m, c1 y): one pass less; the memory of g~ serves for the rest
+            # atan2(m / c1, y) = atan2(m, c1 y), and c1 y = sqrt(v (c1 b)^2 / c2); both overwrite g~, needed no more
             denominator = torch.mul(v, (c1 * b)**2 / c2, out=rotated).sqrt_()
             update = torch.atan2(m, denominator, out=denominator).mul_(lr * a)
             if group["weight_decay"]:

@@ -14,7 +14,6 @@ run that was interrupted goes on from the Trainer's last checkpoint, with the re
 import argparse
 import itertools
 import json
-import os
 import random
 import sys
 import tempfile

@@ -76,22 +76,6 @@ def test_rotation_where_float32_has_no_squares(scale_g, scale_m):
     assert (clip_angle(g, m, math.pi / 6) / scale_g).tolist() == pytest.approx([math.sqrt(3), 1], rel=4 * EPS32)
 
 
-@given(vector_pairs(), max_angles)
-def test_rotation_keeps_the_norm_and_the_cap(pair, max_angle):
-    g, m = pair
-    theta = angle_between(g, m).item()
-    assume(math.sin(theta) > 1e-6)
-    mine = clip_angle(g, m, max_angle)
-    tolerance = 32 * EPS64 / math.sin(theta)
-    assert mine.norm().item() == pytest.approx(g.norm().item(), rel=tolerance)
-    assert angle_between(mine, m).item() == pytest.approx(min(theta, max_angle), abs=tolerance)
-
-
-def test_nearly_parallel_is_not_antiparallel():
-    g, m = torch.tensor([1.0, 1e-9], dtype=torch.float64), torch.tensor([2.0, 0.0], dtype=torch.float64)
-    assert clip_angle(g, m, 0.0).tolist() == pytest.approx([1.0, 0.0], abs=EPS64)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rotated_in_float32(dtype):
     g, m = torch.tensor([0.0, 2.0], dtype=dtype), torch.tensor([1.0, 0.0], dtype=dtype)
@@ -233,7 +217,7 @@ def test_the_first_step_reports_no_angle_and_moves_by_lr():
 
 
 @pytest.mark.parametrize("size_g, size_m, seen", [(1e-18, 1.0, True), (1e-25, 1.0, False), (1e-25, 1e-15, False),
-                                                  (1.0, 1e-22, False)])
+                                                  (1.0, 1e-22, False), (1e25, 1.0, False)])
 def test_a_vector_whose_square_float32_lacks_has_no_angle_and_restarts_nothing(size_g, size_m, seen):
     w = torch.nn.Parameter(torch.zeros(2))
     optimizer = MoClip([w], betas=(0.5, 0.9), max_angle=1.0)

@@ -4,6 +4,7 @@ import copy
 import math
 import warnings
 
+import plain_reference
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from logits_replay import ReplayRecord, linear_replay_cross_entropy, record_topk, replay_cross_entropy, sample_tail
-from moclip import MoClip, angle_between, clip_angle
+from moclip import MoClip
 
 EPS = 2.0**-52
 
@@ -106,15 +107,6 @@ def head(dtype=torch.float32, B=2, T=5, d=8, V=30):
                torch.randn(V, d, dtype=dtype, requires_grad=True), torch.randint(V, (B, T)))
     y[0, :2] = -100
     return h, W, y, record_topk((h @ W.T).detach(), y, 0.8)
-
-
-def test_losses_take_the_hidden_states_of_a_batch():
-    h, W, y, record = head(torch.float64)
-    dense = replay_cross_entropy(h @ W.T, y, record)
-    linear = linear_replay_cross_entropy(h, W, y, record)
-    torch.testing.assert_close(linear, dense, rtol=2**6 * EPS, atol=0)  # 8 products a logit
-    for a, b in zip(torch.autograd.grad(linear, (h, W)), torch.autograd.grad(dense, (h, W))):
-        torch.testing.assert_close(a, b, rtol=0, atol=2**6 * EPS)
 
 
 def test_losses_under_autocast_are_float32():
@@ -290,7 +282,8 @@ def test_parameters_of_several_dtypes_share_one_angle(first):
     m, _ = momentum(), gradients(weights, 1)
     g = torch.cat([w.grad.double() for w in weights])
     optimizer.step()
-    expected = angle_between(g, m), m.lerp(clip_angle(g, m, 1.2), 0.1)
+    rotated, theta, *_ = plain_reference.clip_angle(g.tolist(), m.tolist(), 1.2)
+    expected = torch.tensor(theta).double(), m.lerp(torch.tensor(rotated).double(), 0.1)
     # float32, entries below 4
     torch.testing.assert_close((optimizer.last_angle, momentum()), expected, rtol=0, atol=2.0**-21)
     assert optimizer.last_clipped

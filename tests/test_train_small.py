@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import random
 import re
 import sys
@@ -129,10 +130,11 @@ def tiny(tmp_path, monkeypatch):
 
 
 def test_runs_are_kept_across_an_interruption_and_reused(tiny, monkeypatch, capsys):
-    finetune, calls = script.finetune, []
+    finetune, calls, starts = script.finetune, [], set()
 
     def interrupted(model, method, *rest):
         calls.append(method)
+        starts.add(script.fingerprint(model.state_dict()))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return finetune(model, method, *rest)
@@ -145,6 +147,7 @@ def test_runs_are_kept_across_an_interruption_and_reused(tiny, monkeypatch, caps
     script.main()
     assert len(calls) == len(script.METHODS) + 1
     results = json.loads((tiny / "results.json").read_text())
+    assert starts == {results["base"]["fingerprint"]}  # all start from one base
     assert set(results) == {"config", "base", "runs"}
     assert [run["method"] for run in results["runs"]] == list(script.METHODS)
     assert {"method", "seed", "base", "domain_nll", "domain_accuracy", "general_nll", "forgetting", "step_ms",
@@ -199,8 +202,10 @@ def test_the_base_seed_shapes_data_and_base(tiny, monkeypatch):
     first, last = evaluated[0], evaluated[-1]
     assert first.test != last.test
     assert first.database.rows("SELECT * FROM site") != last.database.rows("SELECT * FROM site")
-    # general text, too, has a part for choices and a part for the report
-    assert not torch.equal(first.general_validation[0], first.general_test[0])
+    # every document of the general text is in one part: for training, for choices or for the report
+    parts = [set(re.findall(r"Document (\d+)", first.tokenizer.decode(ids.flatten().tolist())))
+             for ids in (first.streams[0], first.general_validation[0], first.general_test[0])]
+    assert all(parts) and sum(map(len, parts)) == len(set.union(*parts)) == 20
 
 
 def test_each_part_is_evaluated_on_its_own_questions_and_text(database, monkeypatch):
@@ -284,6 +289,49 @@ def test_a_method_scores_its_batch_against_the_rows_of_its_record(method, traini
     sizes = record.subset_sizes.float().mean().item()
     assert out["subset_size_mean"] == (script.V if method.startswith("full") else sizes)
     assert (out["clip_fraction"] is not None) == method.endswith("moclip")
+
+
+@pytest.mark.parametrize("method, optimizer", [
+    ("full+adamw", lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.0)),
+    ("full+moclip", lambda p: script.MoClip(p, 1e-2, max_angle=math.pi / 3))])
+def test_finetuning_is_the_plain_loop(method, optimizer, training):
+    model, (tokens, targets), record, args = training
+    by_hand, args.max_angle = copy.deepcopy(model), 60.0
+    script.finetune(model, method, (tokens, targets), record, lambda *now: 0.0, args, 3, CPU)
+    optimizer, batches = optimizer(by_hand.parameters()), script.domain_batches(targets, args.batch, 3)
+    for rate in (1, 4 / 4.5, 3 / 4.5, 2 / 4.5, 1 / 4.5):  # the warm-up is over at once
+        optimizer.param_groups[0]["lr"], batch = 1e-2 * rate, next(batches)
+        optimizer.zero_grad()
+        logits = by_hand(tokens[batch]) @ by_hand.embedding.weight.T
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[batch].flatten()).backward()
+        optimizer.step()
+    for a, b in zip(model.parameters(), by_hand.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-4)  # of a step of 1e-2; sums in another order
+
+
+def test_an_epoch_holds_every_example_once_in_another_order_each_time():
+    targets = torch.full((50, 60), script.IGNORE)
+    for i in range(50):
+        targets[i, i // 2:i + 1] = 0  # of growing length
+    batches = script.domain_batches(targets, 4, 0)
+    epochs = [[next(batches).tolist() for _ in range(13)] for _ in range(2)]  # of 4, from 32 and 18 examples
+    for epoch in epochs:
+        assert sorted(sum(epoch, [])) == list(range(50)) and all(batch == sorted(batch) for batch in epoch)
+    assert epochs[0] != epochs[1]
+
+
+def test_what_is_measured_is_what_its_name_says(training):
+    model, (tokens, targets), record, _ = training
+    scored = targets != script.IGNORE
+    with torch.no_grad():
+        p = (model(tokens)[scored] @ model.embedding.weight.T).softmax(1)
+    nll = -p[torch.arange(len(p)), targets[scored]].log().mean().item()
+    assert script.nll(model, tokens, targets, CPU) == pytest.approx(nll, rel=1e-5)
+    for t, ids in enumerate(record.token_ids.split(record.subset_sizes.tolist())):
+        p[t, ids] = 0
+    outside = p.sum(1).mean().item()
+    assert script.outside_mass_probe(tokens, targets, CPU)(model, record) == pytest.approx(outside, rel=1e-5)
+    assert (record.tau, len(record)) == (0.1, scored.sum())
 
 
 def test_a_tail_method_draws_a_new_sample_every_step_the_same_for_the_same_seed(training, monkeypatch):
