@@ -76,6 +76,7 @@ class ReplayRecord:
 
     def __post_init__(self):
         _check_record(self)
+        _leave_inference_mode(self)
 
     def __len__(self) -> int:
         return len(self.outside_mass)
@@ -91,7 +92,6 @@ class ReplayRecord:
         t = torch.arange(len(self), device=self.offsets.device)
         return t.repeat_interleave(self.subset_sizes, output_size=len(self.token_ids))  # else it waits for the device
 
-    @torch.inference_mode(False)  # whoever calls: the losses save these tensors for backward, which that mode forbids
     def select(self, positions) -> "ReplayRecord":
         """The rows at `positions` (integers in [0, N), of any shape), in the order asked for, repeats allowed."""
         positions = _check_positions(positions, self)
@@ -101,13 +101,11 @@ class ReplayRecord:
         token_ids = self.token_ids[torch.arange(len(moved), device=moved.device) + moved]
         return ReplayRecord(token_ids, offsets, self.outside_mass[positions], self.vocab_size, self.tau)
 
-    @torch.inference_mode(False)
     def to(self, device) -> "ReplayRecord":
         return ReplayRecord(self.token_ids.to(device), self.offsets.to(device), self.outside_mass.to(device),
                             self.vocab_size, self.tau)
 
     @staticmethod
-    @torch.inference_mode(False)
     def concat(records) -> "ReplayRecord":
         """The rows of all records, in order; ValueError for no records and for unequal vocab_size or tau."""
         return _concat(list(records))
@@ -117,7 +115,6 @@ class ReplayRecord:
         _save(self, path)
 
     @staticmethod
-    @torch.inference_mode(False)
     def load(path) -> "ReplayRecord":
         """Read what `save` wrote, on the CPU, executing nothing from it; ValueError if its CRCs or invariants fail."""
         return _load(path)
@@ -125,7 +122,6 @@ class ReplayRecord:
 
 # ------------------------------------------------------------------------------------------------------------- Stage 0
 
-@torch.inference_mode(False)  # as above
 @torch.no_grad()
 def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ignore_index=-100) -> ReplayRecord:
     """Stage 0: the smallest set of most probable tokens that covers tau, and the gold token, for every position.
@@ -133,7 +129,7 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
         K_t = min {K : p_(1) + ... + p_(K) >= tau},   S_t = {the K_t most probable tokens} + {y_t},
         rho_t = sum of p_j over j not in S_t
 
-    Tokens are ranked by probability, descending, equal probabilities by id, ascending: S_t is unique. p is the float32
+    p_(k) is the k-th in rank: by probability, descending, equal ones by id, ascending: S_t is unique. p is the float32
     softmax (float64 for float64 logits), the running sum float64. tau = 1 takes every token that is needed for the
     rounded sum to reach 1, all V if it never does.
 
@@ -266,7 +262,7 @@ class Tail(NamedTuple):
     log_weight: Tensor
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # also inside it: autograd saves these tensors, and refuses those made under it
 def sample_tail(target: Tensor, vocab_size: int, size: int, *, ignore_index=-100, generator=None) -> Tail:
     """A random tail for one batch: its distinct gold tokens, surely, and `size` of the M0 others, uniformly.
 
@@ -356,7 +352,7 @@ def _cover(p: Tensor, y: Tensor, tau: float, max_size):
     if decided.all():
         return row, token, rho
     wide = (~decided).nonzero()[:, 0]
-    # not for float64, whose sums end within rounding of tau = 1; nor at small V, where the bins outweigh the row
+    # the histogram reads the bits of a float32, and at small V its bins outweigh the row
     clear = max_size is None and p.dtype == torch.float32 and V > 2048
     if clear:
         wide_row, wide_token, rho[wide], clear = _cover_by_histogram(p[wide], y[wide], tau)
@@ -462,13 +458,10 @@ class _SampledLogits(torch.autograd.Function):
     def backward(ctx, *grads):
         h, W, rows, offsets, ids, tail_ids = ctx.saved_tensors
         with torch.autocast(h.device.type, enabled=False):  # as in forward: the sparse products lack bfloat16
-            if torch.is_grad_enabled():  # a second derivative is wanted: the same sums in operations that have one
-                grad_h = torch.zeros_like(h).index_add(0, rows, grads[0][:, None] * W[ids])
-                grad_W = torch.zeros_like(W).index_add(0, ids, grads[0][:, None] * h[rows])
-                if tail_ids is not None:
-                    grad_h = grad_h + grads[1] @ W[tail_ids]
-                    grad_W = grad_W.index_add(0, tail_ids, grads[1].t() @ h)
-                return grad_h, grad_W, None, None, None, None
+            if torch.is_grad_enabled():  # a second derivative is wanted: differentiate the plain formula
+                forms = 1 if tail_ids is None else 2
+                plain = lambda h, W: _gathered_logits(h, W, rows, offsets, ids, tail_ids)[:forms]
+                return *torch.func.vjp(plain, h, W)[1](grads[:forms]), None, None, None, None
             G = _csr(offsets, ids, grads[0].contiguous(), (len(h), len(W)))
             # dL/dh = G W,   dL/dW = G' h,   with G the (N, V) sparse matrix of dL/dz; and the same with dL/dz_tail
             grad_h = G @ W if ctx.needs_input_grad[0] else None
@@ -536,6 +529,14 @@ def _check_record(record: ReplayRecord) -> None:
     if not ascending.all():
         row = int(torch.searchsorted(offsets, (~ascending).nonzero()[0], right=True)) - 1
         raise ValueError(f"token_ids must be ascending without duplicates (row {row})")
+
+
+def _leave_inference_mode(record: ReplayRecord) -> None:
+    """The losses save a record's tensors for backward, and autograd refuses those made in inference mode: copy them."""
+    with torch.inference_mode(False):
+        for name in DTYPES:
+            if getattr(record, name).is_inference():
+                object.__setattr__(record, name, getattr(record, name).clone())  # the record is frozen
 
 
 def _check_positions(positions, record: ReplayRecord) -> Tensor:

@@ -1,4 +1,4 @@
-"""The study: a resumable grid over train_small.py. Its tables are in experiments/README.md, made by report.py.
+"""The study: a resumable grid over train_small.py. report.py makes its tables: README.md and TABLES.md.
 
     python experiments/sweep.py [--only STUDY ...] [--workers 2]      # what is missing; about 50 s a run and worker
 
