@@ -721,6 +721,15 @@ def expected_step(z, S, y, golds, m):
     return np.mean(losses), np.mean(gradients, 0), (error**2).sum(1).mean()
 
 
+def outside_bias_bound(rho, cv2):
+    return rho**2 * math.sqrt(cv2 * (1 + (1 - rho)**2 * cv2))
+
+
+def noise_bound(p, rho, cv2, sampled, pi):
+    """`sampled`: the tokens outside S that chance decides, each with probability pi."""
+    return (math.sqrt((p[sampled]**2).sum() * (1 / pi - 1)) + np.linalg.norm(p) * rho * math.sqrt(cv2)) / (1 - rho)
+
+
 TAIL_TOL = 256 * EPS  # losses below 16 nats and gradients below 1, a few roundings each
 
 
@@ -767,7 +776,15 @@ def test_r9_expected_gradient_is_biased_in_second_order_of_rho_only(case):
     bias = expected_step(z, S, y, golds, m)[1] - full_gradient(z, y)[1]
     inside = np.isin(np.arange(len(z)), S)
     assert abs(bias[inside]).sum() <= rho**2 * cv2 + TAIL_TOL
-    assert abs(bias[~inside]).sum() <= rho**2 / (1 - rho) * math.sqrt(cv2 * (1 + cv2)) + TAIL_TOL
+    assert abs(bias[~inside]).sum() <= outside_bias_bound(rho, cv2) + TAIL_TOL
+
+
+@given(st.floats(-6, 6), st.integers(8, 12))
+def test_r9_tight_one_of_two_nearly_equal_outside_tokens_is_sampled(gap, digits):
+    z, S, golds = np.array([0.0, gap + 2.0**-digits, gap]), [0], [0]
+    rho, cv2 = split(softmax(z), S)[0], cv_squared(z, S, golds, 1)
+    bias = expected_step(z, S, 0, golds, 1)[1] - full_gradient(z, 0)[1]
+    assert abs(bias[1:]).sum() == pytest.approx(outside_bias_bound(rho, cv2), rel=4 * cv2, abs=TAIL_TOL)
 
 
 @given(sampled_tails())
@@ -776,7 +793,7 @@ def test_r9_restoring_force_is_back_up_to_the_bias_of_the_gradient(case):
     rho, q, r = split(softmax(z), S)
     cv2, gradient = cv_squared(z, S, golds, m), expected_step(z, S, y, golds, m)[1]
     bias = gradient - full_gradient(z, y)[1]
-    assert abs(bias).sum() <= rho**2 * cv2 + rho**2 / (1 - rho) * math.sqrt(cv2 * (1 + cv2)) + TAIL_TOL  # (d)
+    assert abs(bias).sum() <= rho**2 * cv2 + outside_bias_bound(rho, cv2) + TAIL_TOL  # (d)
     rise = (q - r) @ gradient  # d log-odds / d eta = E_r[-g] - E_q[-g]
     wanted = (q**2).sum() - q[y] - rho * ((q**2).sum() + (r**2).sum())  # R7(b): the full loss
     # so it is off by at most the L1 norm of the bias: no entry of q - r exceeds 1
@@ -789,7 +806,6 @@ def test_r9_noise_of_a_small_sample_is_at_most_the_stated_size(case):
     p = softmax(z)
     rho, cv2, M = split(p, S)[0], cv_squared(z, S, golds, m), len(z) - len(golds)
     sampled = [j for j in range(len(z)) if j not in S and j not in golds]
-    bound = (math.sqrt((p[sampled]**2).sum() * (M / m - 1)) + np.linalg.norm(p) * rho * math.sqrt(cv2)) / (1 - rho)
     squares = []  # of (p^ - x p) / x, the proof's
     for R, weights in every_sample(len(z), golds, m):
         W = np.zeros(len(z))
@@ -797,7 +813,18 @@ def test_r9_noise_of_a_small_sample_is_at_most_the_stated_size(case):
         squares.append(((p * W / (p @ W) - p)**2).sum())
     noise = math.sqrt(expected_step(z, S, y, golds, m)[2])
     assert noise == pytest.approx(math.sqrt(np.mean(squares)), abs=TAIL_TOL)
-    assert noise <= bound + TAIL_TOL
+    assert noise <= noise_bound(p, rho, cv2, sampled, m / M) + TAIL_TOL
+
+
+@given(st.floats(-3, 1))
+def test_r9_tight_many_outside_tokens_are_sampled_together_or_not_at_all(gap):
+    n, pi = 10_000, 0.999
+    z, R = np.array([0.0, *[gap - math.log(n)] * n]), np.arange(n + 1)
+    p = softmax(z)
+    errors = [((tail_gradient(z, [0], 0, *draw)[1] - full_gradient(z, 0)[1])**2).sum()
+              for draw in (([0], [1.0]), (R, [1.0, *[1 / pi] * n]))]
+    noise, bound = math.sqrt((1 - pi) * errors[0] + pi * errors[1]), noise_bound(p, p[1:].sum(), 1 / pi - 1, R[1:], pi)
+    assert noise <= bound <= 1.05 * noise  # the first term is at most 1 / (100 p_0) of the second
 
 
 @given(sampled_tails())
