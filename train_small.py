@@ -1,4 +1,4 @@
-"""Logits Replay + MoClip end to end: pretrain a compact LM, record, fine-tune six ways, measure what was forgotten.
+"""Logits Replay + MoClip end to end: pretrain a compact LM, record, fine-tune eight ways, measure what was forgotten.
 
     python train_small.py              # the first run pretrains the base, later runs take it from the cache
     python train_small.py --quick      # smoke run of the same code path
@@ -9,8 +9,9 @@ Nothing is downloaded. The method comes first: 1 Stage 0, 2 Stage 1, 3 evaluatio
 domain is questions to SQL over a small telecom database; what counts is whether the generated SQL, run on the database,
 returns the right rows. The base has seen prose, and SQL over other, random schemas: it knows SQL, not this database.
 
-Six methods: a loss ("full": all V tokens; "replay": the recorded subset S_t; "tail": S_t, the golds of the batch and a
-random sample) and an optimizer (AdamW, MoClip). All start from one base; all records come from one Stage 0 under it.
+Eight methods: a loss ("full": all V tokens; "replay": the recorded subset S_t; "tail": S_t, the golds of the batch and
+a random sample; "anchor": the tail's, and a KL to what the base said on a little text that it wrote itself) and an
+optimizer (AdamW, MoClip). All start from one base; all records come from one Stage 0 under it.
 
 Shapes: M examples, B of them a batch, of T tokens; their scored positions, in row-major order, are the N rows of
 hidden states and of the record; d = width, V = vocabulary size.
@@ -19,49 +20,62 @@ hidden states and of the record; d = width, V = vocabulary size.
 import argparse
 import ast
 import collections
-import contextlib
 import copy
 import hashlib
 import inspect
 import itertools
 import json
 import math
-import os
 import platform
 import random
 import re
 import sqlite3
 import statistics
 import sysconfig
+import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from logits_replay import ReplayRecord, linear_replay_cross_entropy, outside_mass, record_topk, sample_tail
+from logits_replay import linear_replay_cross_entropy, outside_mass, sample_tail
+from until_main_has_the_anchor import ReplayRecord, linear_replay_kl_div, record_topk, write_atomically  # TEMPORARY
 from moclip import MoClip
 
-V, WIDTH, LAYERS, HEADS, CONTEXT = 12288, 192, 2, 6, 80
 IGNORE = -100
 BASE = dict(steps=600, batch=24, lr=3e-3, seed=0, schemas=400, sql_examples=12000)
 QUICK_BASE = dict(BASE, steps=50, batch=6, sql_examples=2000)
-METHODS = ("full+adamw", "full+moclip", "replay+adamw", "replay+moclip", "tail+adamw", "tail+moclip")
+LOSSES, OPTIMIZERS = ("full", "replay", "tail", "anchor"), ("adamw", "moclip")
+METHODS = tuple(f"{loss}+{optimizer}" for loss, optimizer in itertools.product(LOSSES, OPTIMIZERS))
+
+
+class Size(NamedTuple):
+    """What shapes the model; `context` is the longest text, in tokens, that it is trained on."""
+    vocab_size: int = 12288
+    width: int = 192
+    layers: int = 2
+    heads: int = 6
+    context: int = 80
 
 
 # ----------------------------------------------------------------------------------------------------------- 1. Stage 0
 
 @torch.no_grad()
-def stage0(model, tokens, targets, tau, device):
-    """Stage 0: record S_t for every scored position, in row-major order, under the model as it is."""
+def stage0(model, tokens, targets, tau, device, **options):
+    """Stage 0: record S_t for every scored position, in row-major order, under the model as it is.
+
+    `options` are those of `record_topk`: max_size, keep_log_probs.
+    """
     model.eval()
     records = []
     for x, y in tqdm(list(zip(tokens.split(64), targets.split(64))), "Stage 0: recording", disable=None):
         hidden, gold = scored_hidden(model, x, y, device)
-        records.append(record_topk(hidden @ model.embedding.weight.T, gold, tau))
+        records.append(record_topk(hidden @ model.embedding.weight.T, gold, tau, **options))
     return ReplayRecord.concat(records)
 
 
@@ -72,27 +86,60 @@ def scored_hidden(model, tokens, targets, device):
     return model(tokens[:, :used].to(device))[scored[:, :used].to(device)], targets[scored].to(device)
 
 
-def encode_domain(tokenizer, pairs):
+def prompt(question):
+    return f"Question: {question}?\nSQL:"
+
+
+def encode_domain(tokenizer, pairs, context, prompt=prompt):
     """Tokens (M, T) and targets (M, T): the next token where it belongs to the SQL or ends it, IGNORE elsewhere."""
     rows = [(tokenizer.encode(prompt(q)), tokenizer.encode(" " + sql) + [tokenizer.end]) for q, sql in pairs]
     rows.sort(key=lambda row: len(row[0] + row[1]))
     T = max(len(p) + len(s) for p, s in rows) - 1
-    assert T <= CONTEXT, f"an example of {T} tokens does not fit the context of {CONTEXT}"
+    if T > context:
+        raise ValueError(f"pairs: an example of {T} tokens does not fit the context of {context}")
     tokens = torch.tensor([(p + s + [tokenizer.end] * T)[:T] for p, s in rows])
     targets = torch.tensor([([IGNORE] * (len(p) - 1) + s + [IGNORE] * T)[:T] for p, s in rows])
     return tokens, targets
 
 
-def prompt(question):
-    return f"Question: {question}?\nSQL:"
+@torch.no_grad()
+def write_text(model, end, count, device, seed=0):
+    """`count` windows that the model writes by plain sampling from its full softmax, (count, context + 1) int64.
+
+    The first half begins with the token `end`, the other half with a token drawn uniformly from the vocabulary: this
+    base goes on with SQL after the one and with prose after most others, and what it writes is what the anchor holds.
+    """
+    model.eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    new = torch.randint(model.size.vocab_size, (count, 1), generator=generator, device=device)
+    new[:count // 2] = end
+    text, past = [new], {}
+    for _ in tqdm(range(model.size.context), "Stage 0: the base writes", disable=None):
+        p = (model(new, past)[:, -1] @ model.embedding.weight.T).softmax(-1)
+        new = torch.multinomial(p, 1, generator=generator)
+        text.append(new)
+    return torch.cat(text, 1).cpu()
+
+
+class Anchor(NamedTuple):
+    """Text to be kept, W windows of T tokens, and what the base said there: rows w T to w T + T - 1 are window w's."""
+    tokens: torch.Tensor  # (W, T)
+    record: ReplayRecord  # W T rows, with log-probabilities
+
+
+def record_anchor(model, text, device):
+    """Stage 0 for the anchor, on text (W, T + 1): a large tau, so that it also holds where the base is sure, capped."""
+    record = stage0(model, text[:, :-1], text[:, 1:], 0.98, device, max_size=32, keep_log_probs=True)
+    return Anchor(text[:, :-1].to(device), record)
 
 
 # ----------------------------------------------------------------------------------------------------------- 2. Stage 1
 
-def scorer(method, record, args, generator):
+def scorer(method, record, args, generator, model=None, anchor=None):
     """The method's loss: a function of hidden (N, d), head (V, d), gold (N,) and rows (N,), in mean nats per position.
 
-    Row rows[t] of the record is S_t; the tail is drawn anew for every batch, from `generator`.
+    Row rows[t] of the record is S_t. The tail, and the anchor's windows, which `model` reads, are drawn anew for every
+    batch, from `generator`.
     """
     def full(hidden, head, gold, rows):
         # L_t = log( sum over all V tokens of exp z_j ) - z_y,   z = head h_t
@@ -108,7 +155,16 @@ def scorer(method, record, args, generator):
         sample = sample_tail(gold, len(head), args.tail, generator=generator)
         return linear_replay_cross_entropy(hidden, head, gold, record.select(rows), tail=sample)
 
-    return {"full": full, "replay": replay, "tail": tail}[method.split("+")[0]]
+    def anchored(hidden, head, gold, rows):
+        # L_t of the tail + weight * A,   A_t = sum over S_t of q0_j (log q0_j - log q1_j) in a few of the anchor's
+        # windows; q0: what the base said there, q1: what the model says now, both renormalized to the S_t of there
+        W, T = anchor.tokens.shape
+        w = torch.randperm(W, generator=generator, device=generator.device)[:args.anchor_step]
+        positions = T * w[:, None] + torch.arange(T, device=w.device)
+        said = linear_replay_kl_div(model(anchor.tokens[w]).flatten(0, 1), head, anchor.record.select(positions))
+        return tail(hidden, head, gold, rows) + args.anchor_weight * said
+
+    return {"full": full, "replay": replay, "tail": tail, "anchor": anchored}[method.split("+")[0]]
 
 
 def make_optimizer(method, parameters, args):
@@ -117,47 +173,48 @@ def make_optimizer(method, parameters, args):
     return torch.optim.AdamW(parameters, args.lr, weight_decay=0.0)
 
 
-def finetune(model, method, data, record, probe, args, seed, device, score=None, optimizer=None):
+def finetune(model, method, data, record, probe, args, seed, device, anchor=None, score=None, optimizer=None):
     """Train on the scored tokens of `data`, (tokens, targets), whose record is `record`; returns what was measured.
 
     `probe(model, record)` is the outside mass at this moment, followed for every method. `score` and `optimizer`,
     if given, replace what `scorer` and `make_optimizer` make of the method's name.
     """
-    (tokens, targets), head, watch = data, model.embedding.weight, Stopwatch(device)
-    # CPU generators use 32 bits of their seed: the upper half is for the tail, the lower half for the batches
+    (tokens, targets), head, rows_of = data, model.embedding.weight, scored_rows(data[1])
+    # CPU generators use 32 bits of their seed: the upper half is for tail and anchor, the lower half for the batches
     generator = torch.Generator(device).manual_seed(2**31 + seed)
-    score = watch.head(score or scorer(method, record, args, generator))
+    score = score or scorer(method, record, args, generator, model, anchor)
     optimizer = optimizer or make_optimizer(method, model.parameters(), args)
     schedule = warmup_then_linear(optimizer, args.steps)
-    row_of, outside, angles, clipped = record_rows(targets), [], [], []
+    outside, step_ms, angles, clipped = [], [], [], []
     model.train()
     bar = tqdm(range(args.steps), f"Stage 1: {method}, seed {seed}", disable=None)
     for step, batch in zip(bar, domain_batches(targets, args.batch, seed)):
         if step % max(1, args.steps // 10) == 0:
             outside.append([step, probe(model, record)])
-        with watch.step():
-            hidden, gold = scored_hidden(model, tokens[batch], targets[batch], device)
-            rows = row_of[batch][targets[batch] != IGNORE]
-            loss = score(hidden, head, gold, rows)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        start = clock(device)
+        hidden, gold = scored_hidden(model, tokens[batch], targets[batch], device)
+        loss = score(hidden, head, gold, rows_of(batch))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        step_ms.append(1e3 * (clock(device) - start))
         if hasattr(optimizer, "last_angle"):
             angles.append(optimizer.last_angle.mean())
             clipped.append(optimizer.last_clipped.float().mean())
     outside.append([args.steps, probe(model, record)])
-    return {"step_ms": statistics.median(watch.step_ms), "head_ms": statistics.median(watch.head_ms),
-            "steps_s": sum(watch.step_ms) / 1e3, "train_nll_last": loss.item(),
+    return {"step_ms": statistics.median(step_ms), "steps_s": sum(step_ms) / 1e3, "train_nll_last": loss.item(),
             "subset_size_mean": len(head) if method.startswith("full") else record.subset_sizes.float().mean().item(),
             "outside_mass_log": outside, "outside_mass_start": outside[0][1], "outside_mass_end": outside[-1][1],
             "angle_mean_deg": math.degrees(torch.stack(angles).mean()) if angles else None,
             "clip_fraction": torch.stack(clipped).mean().item() if clipped else None}
 
 
-def record_rows(targets):
-    """(M, T): the row of the record at every scored position, as Stage 0 numbers them; meaningless elsewhere."""
-    return ((targets != IGNORE).flatten().cumsum(0) - 1).view_as(targets)
+def scored_rows(targets):
+    """A function of example numbers (B,): the record's rows (N,) of their scored positions, as Stage 0 numbers them."""
+    scored = targets != IGNORE
+    row_of = (scored.flatten().cumsum(0) - 1).view_as(targets)
+    return lambda batch: row_of[batch][scored[batch]]
 
 
 def domain_batches(targets, size, seed):
@@ -177,30 +234,6 @@ def clock(device):
     return time.perf_counter()
 
 
-class Stopwatch:
-    """Milliseconds of every step, and of the head's part in it."""
-
-    def __init__(self, device):
-        self.device, self.step_ms, self.head_ms = device, [], []
-
-    @contextlib.contextmanager
-    def step(self):
-        start = clock(self.device)
-        yield
-        self.step_ms.append(1e3 * (clock(self.device) - start))
-
-    def head(self, score):
-        """`score`, timed from its call until backward hands the gradient of `hidden` to the body.
-
-        By then the head's own gradient is done as well: autograd runs what was made last first.
-        """
-        def timed(hidden, *rest):
-            start = clock(self.device)
-            hidden.register_hook(lambda _: self.head_ms.append(1e3 * (clock(self.device) - start)))
-            return score(hidden, *rest)
-        return timed
-
-
 # -------------------------------------------------------------------------------------------------------- 3. evaluation
 
 @torch.no_grad()
@@ -215,15 +248,16 @@ def nll(model, tokens, targets, device):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, questions, device):
+def generate(model, data, questions, device):
     """The SQL that the model writes for each question: greedy, full softmax, questions of equal length together."""
     model.eval()
-    prompts = [tokenizer.encode(prompt(q)) for q in questions]
+    tokenizer = data.tokenizer
+    prompts = [tokenizer.encode(data.prompt(q)) for q in questions]
     answers = [""] * len(prompts)
     for length in tqdm(sorted(set(map(len, prompts))), "generating SQL", disable=None, leave=False):
         members = [i for i, ids in enumerate(prompts) if len(ids) == length]
         new, past, out = torch.tensor([prompts[i] for i in members], device=device), {}, []
-        for _ in range(CONTEXT - length):
+        for _ in range(data.context - length):
             new = (model(new, past)[:, -1] @ model.embedding.weight.T).argmax(-1, keepdim=True)
             out.append(new)
             if (torch.cat(out, 1) == tokenizer.end).any(1).all():
@@ -236,23 +270,24 @@ def generate(model, tokenizer, questions, device):
 def evaluate(model, data, device, part="test"):
     """The measures on one held-out part: "test" is what is reported, "validation" is for choosing settings."""
     questions = getattr(data, part)
-    answers = generate(model, data.tokenizer, [q for q, _ in questions], device)
+    answers = generate(model, data, [q for q, _ in questions], device)
     right = sum(data.database.agrees(answer, gold) for answer, (_, gold) in zip(answers, questions))
     return {"domain_nll": nll(model, *getattr(data, f"domain_{part}"), device),
             "domain_accuracy": right / len(questions),
             "general_nll": nll(model, *getattr(data, f"general_{part}"), device),
+            "other_nll": nll(model, *getattr(data, f"other_{part}"), device),
             "samples": [" ".join(answer.split())[:100] for answer in answers[:3]]}
 
 
 def outside_mass_probe(tokens, targets, device):
     """probe(model, record): the mean outside mass over 32 training examples, under the model as it is."""
-    every = max(1, len(tokens) // 32)
-    x, y, rows = (part[::every][:32] for part in (tokens, targets, record_rows(targets)))
+    sample = torch.arange(0, len(tokens), max(1, len(tokens) // 32))[:32]
+    x, y, rows = tokens[sample], targets[sample], scored_rows(targets)(sample)
 
     @torch.no_grad()
     def probe(model, record):
         hidden, _ = scored_hidden(model, x, y, device)
-        return outside_mass(hidden @ model.embedding.weight.T, record.select(rows[y != IGNORE])).mean().item()
+        return outside_mass(hidden @ model.embedding.weight.T, record.select(rows)).mean().item()
 
     return probe
 
@@ -269,30 +304,33 @@ def rotary(x, turn):
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, width, heads):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x, turn, past):
-        B, T, _ = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        B, T, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = rotary(q, turn), rotary(k, turn)
         if past:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-        x = x + self.out(attended.transpose(1, 2).reshape(B, T, WIDTH))
+        x = x + self.out(attended.transpose(1, 2).reshape(B, T, width))
         return x + self.mlp(self.norm2(x)), (k, v)
 
 
 class Model(nn.Module):
     """A pre-norm causal transformer with tied embeddings; returns hidden states, the losses apply the head."""
 
-    def __init__(self):
+    def __init__(self, size=Size()):
         super().__init__()
-        self.embedding, self.previous = nn.Embedding(V, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
-        self.blocks, self.norm = nn.ModuleList(Block() for _ in range(LAYERS)), nn.LayerNorm(WIDTH)
+        self.size, width = size, size.width
+        self.embedding, self.previous = nn.Embedding(size.vocab_size, width), nn.Linear(width, width, bias=False)
+        self.blocks = nn.ModuleList(Block(width, size.heads) for _ in range(size.layers))
+        self.norm = nn.LayerNorm(width)
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -301,7 +339,7 @@ class Model(nn.Module):
         """tokens (B, T) -> hidden (B, T, d). `past`: a dict, {} at first; keeps what the tokens after these need."""
         past = {} if past is None else past
         start = past[0][0].shape[2] if past else 0
-        half = WIDTH // HEADS // 2
+        half = self.size.width // self.size.heads // 2
         angle = torch.outer(torch.arange(start, start + tokens.shape[1], device=tokens.device),
                             1e3 ** -(torch.arange(half, device=tokens.device) / half))
         x = self.embedding(tokens)
@@ -317,10 +355,10 @@ class Model(nn.Module):
 
 # -------------------------------------------------------------------------------------------------------------- 5. base
 
-def batches(streams, settings):
-    """Batches (B, T + 1) of random windows, an equal share from each token stream."""
+def batches(streams, settings, context):
+    """Batches (B, context + 1) of random windows, an equal share from each token stream."""
     generator = torch.Generator().manual_seed(settings["seed"])
-    share, span = settings["batch"] // len(streams), CONTEXT + 1
+    share, span = settings["batch"] // len(streams), context + 1
     while True:
         yield torch.cat([stream.unfold(0, span, 1)[torch.randint(len(stream) - span, (share,), generator=generator)]
                          for stream in streams])
@@ -332,14 +370,14 @@ def warmup_then_linear(optimizer, steps):
         optimizer, lambda i: min((i + 1) / (steps / 10), (steps - i) / (steps * 0.9), 1))
 
 
-def pretrain(streams, settings, device):
+def pretrain(streams, settings, device, size=Size()):
     """Next-token prediction on the streams; returns the state dict, on the CPU."""
     torch.manual_seed(settings["seed"])
-    model = Model().to(device)
+    model = Model(size).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], weight_decay=0.01)
     schedule = warmup_then_linear(optimizer, settings["steps"])
     bar = tqdm(range(settings["steps"]), "pretraining the base", disable=None)
-    for _, tokens in zip(bar, batches(streams, settings)):
+    for _, tokens in zip(bar, batches(streams, settings, size.context)):
         tokens = tokens.to(device)
         hidden = model(tokens[:, :-1])
         loss = F.linear_cross_entropy(hidden.flatten(0, 1), model.embedding.weight, tokens[:, 1:].flatten())
@@ -504,6 +542,16 @@ def random_schema(rng, words):
                           next(names): range(10, 1000), next(names): range(1, 50)}}
 
 
+def schema_questions(rng, words, schemas, count, seen=()):
+    """`count` (question, SQL) pairs, none of them in `seen`, over random schemas; equal pairs may be among them."""
+    schemas, pairs = [random_schema(rng, words) for _ in range(schemas)], []
+    while len(pairs) < count:
+        pair = ask(rng, rng.choice(list(FORMS)), rng.choice(schemas), {})
+        if pair not in seen:
+            pairs.append(pair)
+    return pairs
+
+
 class Database:
     """The telecom tables in memory. The SQL that runs on it comes from a model: reading only, few steps, few rows."""
 
@@ -562,8 +610,11 @@ def domain_split(rng, database, per_form):
 
 # ----------------------------------------------------------------------------------------------------------- 9. the run
 
-def prepare(settings, per_form, windows=200):
-    """All data, split: documents and questions are for training, for validation or for the test, never for two."""
+def prepare(settings, per_form, size=Size(), windows=200):
+    """All data, split: documents, questions and schemas are for training, validation or the test, never for two.
+
+    general_*: `windows` windows of prose. other_*: `windows` questions and their SQL over schemas that nothing else has.
+    """
     rng = random.Random(settings["seed"])
     documents = general_documents()
     names = sorted(documents)
@@ -572,48 +623,46 @@ def prepare(settings, per_form, windows=200):
     general = {"test": names[:n], "validation": names[n:2 * n], "train": names[2 * n:]}
     general = {part: "\n\n".join(documents[name] for name in members) for part, members in general.items()}
     counts = collections.Counter(re.findall(r"\b[a-z]{4,9}\b", general["train"]))
-    words = {w for w, _ in counts.most_common(100)} | set(re.findall(r"[A-Za-z]{3,}", f"{TELECOM} {SPOKEN}"))
-    schemas = [random_schema(rng, sorted(words)) for _ in range(settings["schemas"])]
-    other = [ask(rng, rng.choice(list(FORMS)), rng.choice(schemas), {}) for _ in range(settings["sql_examples"])]
+    common = [word for word, _ in counts.most_common(100)]
+    words = {*common, *re.findall(r"[A-Za-z]{3,}", f"{TELECOM} {SPOKEN}")}
+    seen = schema_questions(rng, sorted(words), settings["schemas"], settings["sql_examples"])
     database = Database(rng)
     domain = dict(zip(("train", "validation", "test"), domain_split(rng, database, per_form)))
-    tokenizer = Tokenizer(general["train"] + "".join(f"{prompt(q)} {sql}" for q, sql in other), V)
+    rng = random.Random(f"other schemas {settings['seed']}")  # on its own: whatever it draws, the rest stays as it is
+    other = {part: schema_questions(rng, common, 20, windows, set(seen)) for part in ("validation", "test")}
+    tokenizer = Tokenizer(general["train"] + "".join(f"{prompt(q)} {sql}" for q, sql in seen), size.vocab_size)
     prose = torch.tensor(tokenizer.encode(general["train"]))
-    sql = torch.tensor([i for q, sql in other for i in tokenizer.encode(f"{prompt(q)} {sql}") + [tokenizer.end]])
+    sql = torch.tensor([i for q, sql in seen for i in tokenizer.encode(f"{prompt(q)} {sql}") + [tokenizer.end]])
 
     def windowed(text):
-        x = torch.tensor(tokenizer.encode(text)).unfold(0, CONTEXT + 1, CONTEXT)[:windows]
+        x = torch.tensor(tokenizer.encode(text)).unfold(0, size.context + 1, size.context)[:windows]
         return x[:, :-1], x[:, 1:]
 
+    pairs = {f"domain_{part}": pairs for part, pairs in domain.items()}
+    pairs |= {f"other_{part}": pairs for part, pairs in other.items()}
     return SimpleNamespace(
-        tokenizer=tokenizer, database=database, streams=[prose, sql, sql], fingerprint=digest(general["train"], other),
+        tokenizer=tokenizer, database=database, prompt=prompt, context=size.context, size=size,
+        streams=[prose, sql, sql], fingerprint=digest(general["train"], seen),
         general_validation=windowed(general["validation"]), general_test=windowed(general["test"]),
-        **domain, **{f"domain_{part}": encode_domain(tokenizer, pairs) for part, pairs in domain.items()})
+        **domain, **{name: encode_domain(tokenizer, members, size.context) for name, members in pairs.items()})
 
 
 def load_base(data, settings, out, device):
     """(state dict, key): from the cache if everything that shaped it is unchanged, else pretrained and cached."""
-    key = digest(settings, V, WIDTH, LAYERS, HEADS, CONTEXT, torch.__version__, data.fingerprint,
+    key = digest(settings, data.size, torch.__version__, data.fingerprint,
                  *map(inspect.getsource, (Tokenizer, rotary, Block, Model, batches, warmup_then_linear, pretrain)))
     path = out / f"base-{key}.pt"
     if not path.exists():
         say(f"pretraining the base: {settings['steps']} steps, "
             f"{about(settings['steps'] * settings['batch'] * PRETRAINING)}; kept as {path}")
-        state = pretrain(data.streams, settings, device)
-        write_atomically(path, lambda temporary: torch.save(state, temporary))
+        state = pretrain(data.streams, settings, device, data.size)
+        write_atomically(path, lambda file: torch.save(state, file))
     return torch.load(path, weights_only=True), key
 
 
 def fingerprint(state):
     """What tells one base from another: two machines may round differently and make two from one seed."""
     return hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in state.values())).hexdigest()[:16]
-
-
-def write_atomically(path, write):
-    """`write(temporary path)`, then rename: a crash leaves the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def digest(*things):
@@ -625,7 +674,7 @@ def say(text):
     print(text, flush=True)
 
 
-PRETRAINING, FINE_TUNING = 15e-3, 5e-3  # seconds an example takes on two CPU cores, roughly
+PRETRAINING, FINE_TUNING, WRITING = 15e-3, 5e-3, 50e-3  # seconds on two cores, an example or a window
 
 
 def about(seconds):
@@ -633,9 +682,9 @@ def about(seconds):
     return f"about {amount} on 2 cores"
 
 
-COLUMNS = (("accuracy", "domain_accuracy", "{:.1%}"), ("forgetting", "forgetting", "{:.3f}"),
-           ("domain NLL", "domain_nll", "{:.3f}"), ("outside mass", "outside_mass_end", "{:.4f}"),
-           ("ms/step", "step_ms", "{:.0f}"), ("ms in head", "head_ms", "{:.0f}"), ("Stage 0 s", "stage0_s", "{:.1f}"),
+COLUMNS = (("accuracy", "domain_accuracy", "{:.1%}"), ("prose lost", "forgetting", "{:.3f}"),
+           ("SQL lost", "forgetting_sql", "{:.3f}"), ("domain NLL", "domain_nll", "{:.3f}"), ("outside mass", "outside_mass_end", "{:.4f}"),
+           ("ms/step", "step_ms", "{:.0f}"), ("Stage 0 s", "stage0_s", "{:.1f}"),
            ("total s", "total_s", "{:.1f}"), ("angle", "angle_mean_deg", "{:.0f}°"),
            ("clipped", "clip_fraction", "{:.0%}"))
 
@@ -668,23 +717,31 @@ def arguments():
     parser.add_argument("--device", default=torch.accelerator.current_accelerator(check_available=True) or "cpu")
     parser.add_argument("--tau", type=float, default=0.9, help="coverage of the recorded subsets, in (0, 1]")
     parser.add_argument("--tail", type=int, default=256, help="tokens that a tail method samples for each batch")
+    parser.add_argument("--anchor", type=int, default=120, help="windows of the anchor's text; 0: no anchor methods")
+    parser.add_argument("--anchor-weight", type=float, default=1.0, help="of the anchor's loss beside the tail's")
+    parser.add_argument("--anchor-text", default="own", choices=("own", "given"),
+                        help="written by the base, or windows of what it was pretrained on, half of them SQL")
     parser.add_argument("--max-angle", type=float, default=90, help="MoClip's cap, in degrees")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=200, help="fine-tuning steps")
     parser.add_argument("--batch", type=int, default=32, help="examples a step")
-    parser.add_argument("--lr", type=float, default=6e-4, help="learning rate")
+    parser.add_argument("--lr", type=float, default=1.2e-3, help="learning rate")
     parser.add_argument("--base-seed", type=int, default=BASE["seed"], help="seed of the data and of the base")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the cache and of results.json")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the cached base and of results.json")
     parser.add_argument("--quick", action="store_true", help="a smoke run: tiny base, few steps, one seed")
     args = parser.parse_args()
-    args.per_form, args.windows, base = 120, 200, BASE
+    args.per_form, args.windows, args.anchor_step, base = 120, 200, 2, BASE
     if args.quick:
         args.steps, args.seeds, args.per_form, args.windows, base = 5, [0], 16, 40, QUICK_BASE
-        args.out = args.out / "quick"
+        args.anchor, args.out = min(args.anchor, 8), args.out / "quick"
     args.base = dict(base, seed=args.base_seed)
+    args.methods = [method for method in args.methods if args.anchor or not method.startswith("anchor")]
     rules = {"--tau must lie in (0, 1]": 0 < args.tau <= 1,
              "--tail must be at least 0": args.tail >= 0,
+             "--anchor must be even and at least 0": args.anchor >= 0 and args.anchor % 2 == 0,
+             "--anchor-weight must be finite and at least 0": 0 <= args.anchor_weight < math.inf,
+             "--methods must name one that needs no anchor if --anchor is 0": args.methods,
              "--max-angle must lie in [0, 180]": 0 <= args.max_angle <= 180,
              "--lr must be positive and finite": 0 < args.lr < math.inf,
              "--steps and --batch must be at least 1": min(args.steps, args.batch) >= 1,
@@ -696,60 +753,78 @@ def arguments():
     return args
 
 
+def record_bytes(record):
+    """Bytes that a position takes, all tensors of the record together."""
+    return sum(x.nbytes for x in vars(record).values() if isinstance(x, torch.Tensor)) / len(record)
+
+
+def make_anchor(model, data, args, device):
+    """Stage 0 for the anchor methods: the text, written or given, and its record."""
+    if args.anchor_text == "own":
+        text = write_text(model, data.tokenizer.end, args.anchor, device)
+    else:
+        text = next(batches(data.streams[:2], dict(batch=args.anchor, seed=0), data.context)).flip(0)  # SQL first
+    anchor = record_anchor(model, text, device)
+    for ids in (anchor.tokens[0], anchor.tokens[-1]):
+        say(textwrap.fill(repr(data.tokenizer.decode(ids.tolist())), 118, initial_indent="  ", subsequent_indent="   "))
+    return anchor
+
+
 def main():
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
 
     say(f"building the corpora: {about(10)}")
-    data = prepare(args.base, args.per_form, args.windows)
+    data = prepare(args.base, args.per_form, windows=args.windows)
     say(f"general: {len(data.streams[0]):,} training tokens; SQL over other schemas: {len(data.streams[1]):,} tokens; "
         f"domain: {len(data.train)} questions, {len(data.validation)} for validation, {len(data.test)} for the test")
     state, key = load_base(data, args.base, args.out, device)
-    base_model = Model().to(device)
+    base_model = Model(data.size).to(device)
     base_model.load_state_dict(state)
-    mark = fingerprint(state)
-    base = {"method": "base", "key": key, "fingerprint": mark, "questions": data.test[:3],
+    base = {"method": "base", "key": key, "fingerprint": fingerprint(state), "questions": data.test[:3],
             "parameters": sum(p.numel() for p in base_model.parameters()), **evaluate(base_model, data, device)}
 
-    # Stage 0, once, under the base
+    # Stage 0, once, under the base: a record for the domain, and one for the anchor
     say(f"Stage 0: recording {len(data.train)} examples, {about(len(data.train) * FINE_TUNING)}")
-    start = clock(device)
+    start, anchor = clock(device), None
     record = stage0(base_model, *data.domain_train, args.tau, device)
-    stage0_s = clock(device) - start
-    size = sum(x.nbytes for x in (record.token_ids, record.offsets, record.outside_mass)) / len(record)
-    say(f"Stage 0: {len(record):,} positions in {stage0_s:.1f} s; a position at tau = {args.tau}: "
-        f"{record.subset_sizes.float().mean():.0f} tokens in {size:.0f} bytes; its float32 logits would take {4 * V}")
+    seconds = clock(device) - start
+    stage0_s = {"full": 0.0, "replay": seconds, "tail": seconds}
+    say(f"Stage 0: {len(record):,} positions in {seconds:.1f} s; a position at tau = {args.tau}: "
+        f"{record.subset_sizes.float().mean():.0f} tokens in {record_bytes(record):.0f} bytes; "
+        f"its float32 logits would take {4 * data.size.vocab_size}")
+    if any(method.startswith("anchor") for method in args.methods):
+        say(f"Stage 0: the anchor, {args.anchor} windows, {about(args.anchor * WRITING)}; the first and the last:")
+        anchor = make_anchor(base_model, data, args, device)
+        stage0_s["anchor"] = clock(device) - start
+        say(f"Stage 0: {len(anchor.record):,} positions to be kept; a position: "
+            f"{anchor.record.subset_sizes.float().mean():.0f} tokens in {record_bytes(anchor.record):.0f} bytes")
     probe = outside_mass_probe(*data.domain_train, device)
 
-    # Stage 1: every finished run is kept in a file of its own and taken from there the next time
-    files = "train_small.py", "logits_replay.py", "moclip.py"
-    sources = [Path(__file__).with_name(name).read_text() for name in files]
-    config = {name: getattr(args, name) for name in "tau tail max_angle steps batch lr per_form windows base".split()}
+    # Stage 1
+    names = "tau tail anchor anchor_weight anchor_text anchor_step max_angle steps batch lr per_form windows base"
+    config = {name: getattr(args, name) for name in names.split()}
     config |= {"device": str(device), "torch": torch.__version__, "python": platform.python_version(),
                "threads": torch.get_num_threads()}
     runs, plan = [], list(itertools.product(args.seeds, args.methods))
     for i, (seed, method) in enumerate(plan, 1):
-        path = args.out / f"run-{digest(config, key, mark, sources, method, seed)}.json"
-        if path.exists():
-            say(f"Stage 1, run {i} of {len(plan)}: {method}, seed {seed}, is finished: {path}")
-        else:
-            say(f"Stage 1, run {i} of {len(plan)}: {method}, seed {seed}, {args.steps} steps, "
-                f"{about(args.steps * args.batch * FINE_TUNING)}")
-            model = copy.deepcopy(base_model)
-            run = {"method": method, "seed": seed, "base": mark, "record_bytes_per_position": size,
-                   "stage0_s": 0.0 if method.startswith("full") else stage0_s}
-            run |= finetune(model, method, data.domain_train, record, probe, args, seed, device)
-            run |= evaluate(model, data, device)
-            run["total_s"] = run["stage0_s"] + run["steps_s"]
-            run["forgetting"] = run["general_nll"] - base["general_nll"]
-            write_atomically(path, lambda temporary: temporary.write_text(json.dumps(run, indent=1)))
-        runs.append(json.loads(path.read_text()))
+        say(f"Stage 1, run {i} of {len(plan)}: {method}, seed {seed}, {args.steps} steps, "
+            f"{about(args.steps * args.batch * FINE_TUNING)}")
+        model = copy.deepcopy(base_model)
+        run = {"method": method, "seed": seed, "base": base["fingerprint"], "stage0_s": stage0_s[method.split("+")[0]],
+               "record_bytes_per_position": record_bytes(record)}
+        run |= finetune(model, method, data.domain_train, record, probe, args, seed, device, anchor)
+        run |= evaluate(model, data, device)
+        run |= {"total_s": run["stage0_s"] + run["steps_s"], "forgetting": run["general_nll"] - base["general_nll"],
+                "forgetting_sql": run["other_nll"] - base["other_nll"]}
+        runs.append(run)
         results = json.dumps({"config": config, "base": base, "runs": runs}, indent=1)
-        write_atomically(args.out / "results.json", lambda temporary: temporary.write_text(results))
+        write_atomically(args.out / "results.json", lambda file: file.write(results.encode()))
 
     print()
     print_table(base, runs)
+    print("prose lost, SQL lost: forgetting, in nats a token, of general text and of SQL over schemas never trained on")
     print_samples(base, runs[:len(args.methods)])
 
 
