@@ -41,8 +41,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from logits_replay import linear_replay_cross_entropy, outside_mass, sample_tail
-from until_main_has_the_anchor import ReplayRecord, linear_replay_kl_div, record_topk, write_atomically  # TEMPORARY
+from logits_replay import (ReplayRecord, linear_replay_cross_entropy, linear_replay_kl_div, outside_mass, record_topk,
+                           sample_tail, write_atomically)
 from moclip import MoClip
 
 IGNORE = -100
