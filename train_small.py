@@ -47,7 +47,7 @@ from moclip import MoClip
 
 IGNORE = -100
 BASE = dict(steps=600, batch=24, lr=3e-3, seed=0, schemas=400, sql_examples=12000)
-QUICK_BASE = dict(BASE, steps=50, batch=6, sql_examples=2000)
+QUICK_BASE = dict(BASE, steps=30, batch=6, sql_examples=2000)
 METHODS = tuple(map("+".join, itertools.product(("full", "replay", "tail", "anchor"), ("adamw", "moclip"))))
 
 
@@ -56,7 +56,7 @@ class Size(NamedTuple):
     width: int = 192
     layers: int = 2
     heads: int = 6
-    context: int = 80  # tokens, of the longest text that it reads
+    context: int = 80  # tokens
 
 
 # ----------------------------------------------------------------------------------------------------------- 1. Stage 0
@@ -259,10 +259,9 @@ def evaluate(model, data, device, part="test"):
     questions = getattr(data, part)
     answers = generate(model, data, [q for q, _ in questions], device)
     right = sum(data.database.agrees(answer, gold) for answer, (_, gold) in zip(answers, questions))
-    return {"domain_nll": nll(model, *getattr(data, f"domain_{part}"), device),
+    kinds = ("domain", "general", "other")
+    return {**{f"{kind}_nll": nll(model, *getattr(data, f"{kind}_{part}"), device) for kind in kinds},
             "domain_accuracy": right / len(questions),
-            "general_nll": nll(model, *getattr(data, f"general_{part}"), device),
-            "other_nll": nll(model, *getattr(data, f"other_{part}"), device),
             "samples": [" ".join(answer.split())[:100] for answer in answers[:3]]}
 
 
@@ -642,14 +641,11 @@ COLUMNS = {"accuracy": ("domain_accuracy", ".1%"), "prose lost": ("forgetting", 
 
 
 def print_table(base, runs):
-    """One row a method, the mean over its seeds. Lost: forgetting of prose and of SQL over other schemas, in nats."""
+    """One row a run. Lost: forgetting of prose and of SQL over other schemas, in nats."""
     print(f"{'method':14}" + "".join(f"  {title}" for title in COLUMNS))
-    for method in dict.fromkeys(run["method"] for run in [base, *runs]):
-        group, row = [run for run in [base, *runs] if run["method"] == method], f"{method:14}"
-        for title, (key, form) in COLUMNS.items():
-            values = [run[key] for run in group if run.get(key) is not None]
-            row += f"{format(statistics.mean(values), form) if values else '-':>{len(title) + 2}}"
-        print(row)
+    for run in [base, *runs]:
+        cells = ("-" if run.get(key) is None else format(run[key], form) for key, form in COLUMNS.values())
+        print(f"{run['method']:14}" + "".join(f"{cell:>{len(title) + 2}}" for cell, title in zip(cells, COLUMNS)))
 
 
 def print_samples(base, runs):
@@ -677,8 +673,7 @@ def arguments():
     for name, (default, least, most, what) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{what} ({default})")
     parser.add_argument("--device", default=torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    parser.add_argument("--anchor-text", default="own", choices=("own", "given"),
-                        help="written by the base, or given: of what it was pretrained on, half of it SQL")
+    parser.add_argument("--anchor-text", default="own", choices=("own", "given"), help="by the base, or prose and SQL")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the fine-tuning")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the cached base and of results.json")
@@ -718,7 +713,7 @@ def main():
     record = stage0(base_model, *data.domain_train, args.tau, device)
     seconds = clock(device) - start
     stage0_s, anchor = {"full": 0.0, "replay": seconds, "tail": seconds}, None
-    say(f"Stage 0: {len(record):,} positions in {seconds:.1f} s; a position at tau = {args.tau}: "
+    say(f"Stage 0: {len(record):,} positions in {seconds:.1f} s; at tau = {args.tau} each has "
         f"{record.subset_sizes.float().mean():.0f} tokens in {record_bytes(record):.0f} bytes; "
         f"its float32 logits would take {4 * data.size.vocab_size}")
     if any(method.startswith("anchor") for method in args.methods):
@@ -737,8 +732,7 @@ def main():
     # Stage 1
     probe, runs = outside_mass_probe(*data.domain_train, device), []
     plan = list(itertools.product(args.seeds, args.methods))
-    config = {name: value if name not in ("device", "out") else str(value) for name, value in vars(args).items()}
-    config |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    config = vars(args) | {"torch": torch.__version__, "threads": torch.get_num_threads()}
     for i, (seed, method) in enumerate(plan, 1):
         seconds = args.steps * args.batch * 5e-3
         say(f"Stage 1, run {i} of {len(plan)}: {method}, seed {seed}, {args.steps} steps", seconds)
@@ -749,7 +743,7 @@ def main():
         run |= {"total_s": run["stage0_s"] + run["steps_s"], "forgetting": run["general_nll"] - base["general_nll"],
                 "forgetting_sql": run["other_nll"] - base["other_nll"]}
         runs.append(run)
-        results = json.dumps({"config": config, "base": base, "runs": runs}, indent=1)
+        results = json.dumps({"config": config, "base": base, "runs": runs}, indent=1, default=str)
         write_atomically(args.out / "results.json", lambda file: file.write(results.encode()))
 
     print()
