@@ -686,7 +686,7 @@ def arguments():
         parser.error("--seeds must lie in [0, 2**31)")
     args.per_form, args.windows, args.anchor_step, base = 120, 200, 2, BASE
     if args.quick:
-        args.steps, args.seeds, args.per_form, args.windows, base = 5, [0], 16, 40, QUICK_BASE
+        args.steps, args.seeds, args.per_form, args.windows, base = 5, [0], 12, 20, QUICK_BASE
         args.anchor, args.out = min(args.anchor, 8), args.out / "quick"
     args.base = dict(base, seed=args.base_seed)
     args.methods = [method for method in args.methods if args.anchor or not method.startswith("anchor")]
