@@ -6,6 +6,7 @@ Tolerances are multiples of EPS with the reason beside them; simulations are see
 """
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from test_theory_map import table_rows
+from test_theory_map import section, table_rows
 
 from experiments.theory import batch_cosine, batch_ratio, orbit_radius, steady_ratio, steady_turn
 from moclip import MoClip, angle_between, clip_angle
@@ -1072,11 +1073,19 @@ def test_m11_cap_idles_above_the_stated_ratio_and_acts_below(degrees):
     assert shares[0] > 0.9 and shares[1] < 0.1
 
 
-def test_m11_table_follows_from_the_formula_and_90_degrees_never_idles():
-    rows = table_rows("M11", r"^\| (\d+)° \| ([\d.]+) \|$")
-    assert len(rows) == 5
-    for degrees, ratio in rows:
-        assert ratio == f"{batch_ratio(math.radians(float(degrees)), 0.9):.{len(ratio.partition('.')[2])}f}"
+def test_m11_numbers_of_the_text_follow_from_the_formula_and_90_degrees_never_idles():
+    text = " ".join(section("M11").split())
+    degrees, ratios = re.search(r"caps of ([\d, ]+) degrees \S+ is ([\d., ]+)\.", text).groups()
+    degrees, ratios = degrees.split(", "), ratios.split(", ")
+    assert len(degrees) == len(ratios) == 5
+    for D, ratio in zip(degrees, ratios):
+        assert ratio == f"{batch_ratio(math.radians(float(D)), 0.9):.{len(ratio.partition('.')[2])}f}"
+    ratio, *factors = re.search(r"82 degrees is \S+=([\d.]+)\$; a cap of 75 degrees needs ([\d.]+) times that batch, "
+                                r"one of 60 degrees ([\d.]+) times", text).groups()
+    measured = batch_ratio(math.radians(82), 0.9)
+    assert ratio == f"{measured:.4f}"
+    for D, factor in zip((75, 60), factors):
+        assert factor == f"{1.4 * batch_ratio(math.radians(D), 0.9) / measured:.1f}"
     ratios = np.geomspace(1e-4, 1e3, 50)
     cosines = [batch_cosine(x, 0.9) for x in ratios]
     assert (np.diff(cosines) > 0).all() and batch_cosine(1e-12, 0.9) < 1e-5  # so any batch is enough at 90 degrees

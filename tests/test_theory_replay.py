@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
@@ -636,6 +636,21 @@ def test_r8_head_work_is_6_d_times_nnz_and_N_M_and_no_tensor_is_larger_than_nnz_
         linear_replay_cross_entropy(h, W, target, record, tail=tail).backward()
     assert tailed.flops == 6 * nnz * d + 6 * N * M * d
     assert tailed.largest <= largest_tensor(nnz, N, V, d, M)
+
+
+@pytest.mark.parametrize("N, V, d, everything, tail_size, most", [
+    (12, 2, 1, False, None, "N + 1"), (12, 2, 8, False, None, "N d"), (3, 40, 8, False, None, "V d"),
+    (12, 9, 1, True, None, "nnz"), (12, 9, 1, False, 5, "N (M + 1)")])
+def test_r8_tight_each_term_is_the_largest_tensor_somewhere(N, V, d, everything, tail_size, most):
+    h, W = (torch.randn(n, d, dtype=torch.float64, requires_grad=True) for n in (N, V))
+    target = torch.zeros(N, dtype=torch.int64)
+    record = record_of(*[range(V) if everything else [0]] * N, V=V)
+    tail = None if tail_size is None else sample_tail(target, V, tail_size)
+    with CountFlops() as run:
+        linear_replay_cross_entropy(h, W, target, record, tail=tail).backward()
+    sizes = {"N + 1": N + 1, "N d": N * d, "V d": V * d, "nnz": len(record.token_ids), "N (M + 1)": N * 7}
+    assert max(sizes, key=lambda name: sizes[name] if tail or "M" not in name else 0) == most
+    assert run.largest == largest_tensor(len(record.token_ids), N, V, d, None if tail is None else len(tail.token_ids))
 
 
 # family, layers, heads, key-value heads, width of a head, width of the MLP (learned positions), tied
