@@ -40,7 +40,7 @@ ARMS = {
     "moclip": {method: dict(method=method) for method in ("anchor+moclip", "full+moclip", "tail+moclip")},
     "rivals": {variant: dict(FULL, variant=variant) for variant in
                ("LoRA 8", "LoRA 32", "L2-SP 0.001", "L2-SP 0.01", "eps 0.0001", "KL to base", "mixed", "own tokens")},
-    "texts": {f"anchor+adamw, {text} text": dict(ANCHOR, text=text) for text in ("given", "both")},
+    "texts": {"anchor+adamw, given text": dict(ANCHOR, text="given"), "anchor+adamw, both texts": dict(ANCHOR, text="both")},
     "full+anchor": {"anchor+adamw, full softmax": dict(ANCHOR, variant="full softmax")}}
 """study -> arm -> its settings, but for base, seed and learning rate."""
 DIALS = {
@@ -209,8 +209,8 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def load(path=RESULTS):
-    return json.loads(path.read_text()) if path.exists() else {"bases": [], "runs": []}
+def load():
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"bases": [], "runs": []}
 
 
 def main():
