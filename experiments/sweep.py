@@ -40,7 +40,8 @@ ARMS = {
     "moclip": {method: dict(method=method) for method in ("anchor+moclip", "full+moclip", "tail+moclip")},
     "rivals": {variant: dict(FULL, variant=variant) for variant in
                ("LoRA 8", "LoRA 32", "L2-SP 0.001", "L2-SP 0.01", "eps 0.0001", "KL to base", "mixed", "own tokens")},
-    "texts": {"anchor+adamw, given text": dict(ANCHOR, text="given"), "anchor+adamw, both texts": dict(ANCHOR, text="both")},
+    "texts": {"anchor+adamw, given text": dict(ANCHOR, text="given"),
+              "anchor+adamw, both texts": dict(ANCHOR, text="both")},
     "full+anchor": {"anchor+adamw, full softmax": dict(ANCHOR, variant="full softmax")}}
 """study -> arm -> its settings, but for base, seed and learning rate."""
 DIALS = {
