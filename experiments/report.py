@@ -1,7 +1,7 @@
 """What do the results say? Every table of README.md and of this folder's README.md, from experiments/results/ alone.
 
-    python -m experiments.report NAME       # print one table; the names are those of TABLES, at the end of this file
-    python -m experiments.report            # write all of them between their marks, <!-- table NAME --> and <!-- end -->
+    python -m experiments.report NAME     # print one table; the names are those of TABLES, at the end of this file
+    python -m experiments.report          # write all of them between their marks, <!-- table NAME --> and <!-- end -->
 
 A test checks that writing changes nothing. A rate is chosen on validation questions (sweep.chosen), one for all bases;
 test questions are reported. ± is the standard deviation over bases and seeds, an interval Student's over the bases.
@@ -102,7 +102,8 @@ def against(pairs, titles):
     """Each arm, (cells, its rows, those it is compared with): accuracy in points; the rest as a part of the other's."""
     def cell(form, found):
         middle, half = found
-        return form.format(middle) + (f" ({form.format(middle - half)} to {form.format(middle + half)})" if half else "")
+        low, high = (form.format(middle + sign * (half or 0)) for sign in (-1, 1))
+        return form.format(middle) + (f" ({low} to {high})" if half else "")
 
     part = lambda a, b: a / b
     return markdown([*titles, "accuracy, points", *(f"{key}, part" for key in LOSS), "step, part", "run, part"],
