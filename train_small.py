@@ -4,14 +4,14 @@
     python train_small.py --quick      # smoke run of the same code path
     python train_small.py --tau 0.8    # see the outside mass run away
 
-Nothing is downloaded. The method comes first: 1 Stage 0, 2 Stage 1, 3 evaluation; then what it needs: 4 model, 5 base,
-6 tokenizer, 7 general text, 8 domain, 9 the run. General text is the English prose that ships with every CPython; the
-domain is questions to SQL over a small telecom database; what counts is whether the generated SQL, run on the database,
-returns the right rows. The base has seen prose, and SQL over other, random schemas: it knows SQL, not this database.
+Nothing is downloaded. The method comes first: 1 Stage 0, 2 Stage 1, 3 evaluation; then what it needs, down to the run.
+General text is the English prose that ships with every CPython; the domain is questions to SQL over a small telecom
+database; what counts is whether the generated SQL, run on it, returns the right rows. The base has seen prose, and SQL
+over other, random schemas: it knows SQL, not this database.
 
-Eight methods: a loss ("full": all V tokens; "replay": the recorded subset S_t; "tail": S_t, the golds of the batch and
-a random sample; "anchor": the tail's, and a KL to what the base said on a little text that it wrote itself) and an
-optimizer (AdamW, MoClip). All start from one base; all records come from one Stage 0 under it.
+A method is a loss ("full": all V tokens; "replay": the recorded subset S_t; "tail": S_t, the golds of the batch and a
+random sample; "anchor": the tail's, and a KL to what the base said on a little text that it wrote itself) and an
+optimizer. All start from one base; all records come from one Stage 0 under it.
 
 Shapes: M examples, B of them a batch, of T tokens; their scored positions, in row-major order, are the N rows of
 hidden states and of the record; d = width, V = vocabulary size.
@@ -26,13 +26,11 @@ import inspect
 import itertools
 import json
 import math
-import platform
 import random
 import re
 import sqlite3
 import statistics
 import sysconfig
-import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,27 +48,21 @@ from moclip import MoClip
 IGNORE = -100
 BASE = dict(steps=600, batch=24, lr=3e-3, seed=0, schemas=400, sql_examples=12000)
 QUICK_BASE = dict(BASE, steps=50, batch=6, sql_examples=2000)
-LOSSES, OPTIMIZERS = ("full", "replay", "tail", "anchor"), ("adamw", "moclip")
-METHODS = tuple(f"{loss}+{optimizer}" for loss, optimizer in itertools.product(LOSSES, OPTIMIZERS))
+METHODS = tuple(map("+".join, itertools.product(("full", "replay", "tail", "anchor"), ("adamw", "moclip"))))
 
 
 class Size(NamedTuple):
-    """What shapes the model; `context` is the longest text, in tokens, that it is trained on."""
     vocab_size: int = 12288
     width: int = 192
     layers: int = 2
     heads: int = 6
-    context: int = 80
+    context: int = 80  # tokens, of the longest text that it reads
 
 
 # ----------------------------------------------------------------------------------------------------------- 1. Stage 0
-
 @torch.no_grad()
 def stage0(model, tokens, targets, tau, device, **options):
-    """Stage 0: record S_t for every scored position, in row-major order, under the model as it is.
-
-    `options` are those of `record_topk`: max_size, keep_log_probs.
-    """
+    """Record S_t for every scored position, in row-major order, under the model as it is. Options: `record_topk`'s."""
     model.eval()
     records = []
     for x, y in tqdm(list(zip(tokens.split(64), targets.split(64))), "Stage 0: recording", disable=None):
@@ -86,8 +78,7 @@ def scored_hidden(model, tokens, targets, device):
     return model(tokens[:, :used].to(device))[scored[:, :used].to(device)], targets[scored].to(device)
 
 
-def prompt(question):
-    return f"Question: {question}?\nSQL:"
+prompt = "Question: {}?\nSQL:".format
 
 
 def encode_domain(tokenizer, pairs, context, prompt=prompt):
@@ -134,7 +125,6 @@ def record_anchor(model, text, device):
 
 
 # ----------------------------------------------------------------------------------------------------------- 2. Stage 1
-
 def scorer(method, record, args, generator, model=None, anchor=None):
     """The method's loss: a function of hidden (N, d), head (V, d), gold (N,) and rows (N,), in mean nats per position.
 
@@ -235,7 +225,6 @@ def clock(device):
 
 
 # -------------------------------------------------------------------------------------------------------- 3. evaluation
-
 @torch.no_grad()
 def nll(model, tokens, targets, device):
     """Mean nats per scored token under the full softmax."""
@@ -293,7 +282,6 @@ def outside_mass_probe(tokens, targets, device):
 
 
 # --------------------------------------------- a learner may stop here: below is what the experiment is made of
-
 # ------------------------------------------------------------------------------------------------------------- 4. model
 
 def rotary(x, turn):
@@ -354,7 +342,6 @@ class Model(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------------------- 5. base
-
 def batches(streams, settings, context):
     """Batches (B, context + 1) of random windows, an equal share from each token stream."""
     generator = torch.Generator().manual_seed(settings["seed"])
@@ -391,7 +378,6 @@ def pretrain(streams, settings, device, size=Size()):
 
 
 # --------------------------------------------------------------------------------------------------------- 6. tokenizer
-
 class Tokenizer:
     """Whole words, single digits and symbols by frequency, the 256 bytes for everything else: lossless on any text."""
 
@@ -419,7 +405,6 @@ class Tokenizer:
 
 
 # ------------------------------------------------------------------------------------------------------ 7. general text
-
 def general_documents():
     """English prose in every CPython: the language reference topics, and each standard-library module's docstrings."""
     from pydoc_data.topics import topics
@@ -441,75 +426,61 @@ def general_documents():
 
 
 # ------------------------------------------------------------------------------------------------------------ 8. domain
-
 # table -> column -> values: a list (text, first column is the row's name) or a range (numbers); and how people say it
 TELECOM = {
-    "site": {"name": [f"{a} {b}" for a in ("North", "South", "East", "West", "Upper", "Lower", "Old", "New")
-                      for b in ("Hill", "Bridge", "Park", "Gate", "Lake")],
-             "city": ["Oslo", "Paris", "Berlin", "Madrid", "Rome", "Vienna", "London", "Athens", "Dublin", "Prague"],
-             "vendor": ["Alpha", "Delta", "Gamma", "Sigma", "Omega"],
-             "height": range(10, 90), "year": range(1995, 2025)},
-    "cell": {"code": [f"{a}{i}" for a in "ABCDEFGHJK" for i in range(10, 22)],
-             "site": "site.name",
-             "band": ["low", "middle", "high", "micro", "local", "shared"],
-             "power": range(5, 80), "users": range(1, 400)},
-    "alarm": {"number": [f"X{i}" for i in range(100, 300)],
-              "cell": "cell.code",
-              "kind": ["power", "link", "clock", "heat", "fan", "door", "signal", "config"],
-              "severity": ["minor", "major", "critical", "warning"],
-              "hours": range(1, 72), "cost": range(100, 900)},
-}
-SPOKEN = {"site": ["sites", "towers", "locations"], "cell": ["cells", "sectors", "carriers"],
-          "alarm": ["alarms", "faults", "incidents"], "city": ["city", "town"],
-          "vendor": ["vendor", "supplier", "maker"], "height": ["height", "elevation"], "year": ["year", "build date"],
-          "band": ["band", "frequency"], "power": ["power", "output"], "users": ["users", "load"],
-          "kind": ["kind", "type", "category"], "severity": ["severity", "level"], "hours": ["hours", "duration"],
-          "cost": ["cost", "price"]}
+    "site": {"name": [f"{a} {b}" for a in "North South East West Upper Lower Old New".split()
+                      for b in "Hill Bridge Park Gate Lake".split()],
+             "city": "Oslo Paris Berlin Madrid Rome Vienna London Athens Dublin Prague".split(),
+             "vendor": "Alpha Delta Gamma Sigma Omega".split(), "height": range(10, 90), "year": range(1995, 2025)},
+    "cell": {"code": [f"{a}{i}" for a in "ABCDEFGHJK" for i in range(10, 22)], "site": "site.name",
+             "band": "low middle high micro local shared".split(), "power": range(5, 80), "users": range(1, 400)},
+    "alarm": {"number": [f"X{i}" for i in range(100, 300)], "cell": "cell.code",
+              "kind": "power link clock heat fan door signal config".split(),
+              "severity": "minor major critical warning".split(), "hours": range(1, 72), "cost": range(100, 900)}}
+SPOKEN = {
+    "site": ["sites", "towers", "locations"], "cell": ["cells", "sectors", "carriers"],
+    "alarm": ["alarms", "faults", "incidents"], "city": ["city", "town"], "vendor": ["vendor", "supplier", "maker"],
+    "height": ["height", "elevation"], "year": ["year", "build date"], "band": ["band", "frequency"],
+    "power": ["power", "output"], "users": ["users", "load"], "kind": ["kind", "type", "category"],
+    "severity": ["severity", "level"], "hours": ["hours", "duration"], "cost": ["cost", "price"]}
 
-# questions => SQL; an indented line continues the one above. {t} table, {i} its name column, {c} = {v} and
-# {u}.{e} = {w} text columns with a value, {n} a number column, {x} {y} numbers, {k} a small one, {o} an operator,
-# {g} an aggregate, {s} a sort order. Upper case: the same as people say it.
+# questions => SQL; an indented line continues the one above. A single letter is a slot: t table, i its name column,
+# c = 'v' and u.e = 'w' text columns with a value, n a number column, x y numbers, k a small one, o an operator,
+# g an aggregate, s a sort order, f and j what a join needs. Upper case: the same as people say it.
 FORMS = """
-how many {T} are there | count all {T} | what is the number of {T} | give the total count of {T} |
-    tell me how many {T} we have | how many {T} do we run | number of {T} please => SELECT COUNT(*) FROM {t}
-how many {T} have {C} '{v}' | count the {T} whose {C} is '{v}' => SELECT COUNT(*) FROM {t} WHERE {c} = '{v}'
-how many {T} have {N} {O} {x} | count {T} with a {N} {O} {x} => SELECT COUNT(*) FROM {t} WHERE {n} {o} {x}
-which {T} have {C} '{v}' | list {T} where the {C} is '{v}' => SELECT {i} FROM {t} WHERE {c} = '{v}'
-which {T} have a {C} other than '{v}' | list {T} whose {C} is not '{v}' => SELECT {i} FROM {t} WHERE {c} != '{v}'
-which {T} have {N} {O} {x} | show {T} with {N} {O} {x} => SELECT {i} FROM {t} WHERE {n} {o} {x}
-which {T} have {N} between {x} and {y} | list {T} with {N} from {x} to {y}
-    => SELECT {i} FROM {t} WHERE {n} BETWEEN {x} AND {y}
-which {T} with {C} '{v}' have {N} {O} {x} | list {T} where {C} is '{v}' and {N} is {O} {x}
-    => SELECT {i} FROM {t} WHERE {c} = '{v}' AND {n} {o} {x}
-which {T} have {C} '{v}' or {N} {O} {x} | show {T} that have {C} '{v}' or else {N} {O} {x}
-    => SELECT {i} FROM {t} WHERE {c} = '{v}' OR {n} {o} {x}
-show the {N} of {T} with {C} '{v}' | what {N} do {T} with {C} '{v}' have => SELECT {n} FROM {t} WHERE {c} = '{v}'
-what is the {G} {N} of all {T} | give the {G} {N} over {T} | {G} {N} of {T} => SELECT {g}({n}) FROM {t}
-what is the {G} {N} of {T} with {C} '{v}' | for {T} whose {C} is '{v}' give the {G} {N}
-    => SELECT {g}({n}) FROM {t} WHERE {c} = '{v}'
-how many {T} are there for each {C} | count {T} per {C} | number of {T} by {C}
-    => SELECT {c}, COUNT(*) FROM {t} GROUP BY {c}
-what is the {G} {N} of {T} for each {C} | {G} {N} of {T} per {C} => SELECT {c}, {g}({n}) FROM {t} GROUP BY {c}
-which {C} values have more than {k} {T} | list each {C} that has over {k} {T}
-    => SELECT {c} FROM {t} GROUP BY {c} HAVING COUNT(*) > {k}
-which {k} {T} have the {S} {N} | list the {k} {T} with the {S} {N}
-    => SELECT {i} FROM {t} ORDER BY {n} {s}, {i} LIMIT {k}
-which {k} {T} with {C} '{v}' have the {S} {N} | of {T} with {C} '{v}' list the {k} with the {S} {N}
-    => SELECT {i} FROM {t} WHERE {c} = '{v}' ORDER BY {n} {s}, {i} LIMIT {k}
-which different {C} values do {T} with {N} {O} {x} have | list every {C} of {T} with {N} {O} {x} once
-    => SELECT DISTINCT {c} FROM {t} WHERE {n} {o} {x}
-which {T} with {C} '{v}' are {O} the average {N} | list {T} whose {C} is '{v}' and {N} {O} average
-    => SELECT {i} FROM {t} WHERE {c} = '{v}' AND {n} {o} (SELECT AVG({n}) FROM {t})
-how many {T} belong to {U} with {E} '{w}' | count {T} at {U} whose {E} is '{w}'
-    => SELECT COUNT(*) FROM {t} JOIN {u} ON {t}.{f} = {u}.{j} WHERE {u}.{e} = '{w}'
-which {T} with {N} {O} {x} belong to {U} with {E} '{w}' | list {T} at {U} whose {E} is '{w}' with {N} {O} {x}
-    => SELECT {t}.{i} FROM {t} JOIN {u} ON {t}.{f} = {u}.{j} WHERE {u}.{e} = '{w}' AND {t}.{n} {o} {x}
+how many T are there | count all T | what is the number of T | give the total count of T |
+    tell me how many T we have | how many T do we run | number of T please => SELECT COUNT(*) FROM t
+how many T have C 'v' | count the T whose C is 'v' => SELECT COUNT(*) FROM t WHERE c = 'v'
+how many T have N O x | count T with a N O x => SELECT COUNT(*) FROM t WHERE n o x
+which T have C 'v' | list T where the C is 'v' => SELECT i FROM t WHERE c = 'v'
+which T have a C other than 'v' | list T whose C is not 'v' => SELECT i FROM t WHERE c != 'v'
+which T have N O x | show T with N O x => SELECT i FROM t WHERE n o x
+which T have N between x and y | list T with N from x to y => SELECT i FROM t WHERE n BETWEEN x AND y
+which T with C 'v' have N O x | list T where C is 'v' and N is O x => SELECT i FROM t WHERE c = 'v' AND n o x
+which T have C 'v' or N O x | show T that have C 'v' or else N O x => SELECT i FROM t WHERE c = 'v' OR n o x
+show the N of T with C 'v' | what N do T with C 'v' have => SELECT n FROM t WHERE c = 'v'
+what is the G N of all T | give the G N over T | G N of T => SELECT g(n) FROM t
+what is the G N of T with C 'v' | for T whose C is 'v' give the G N => SELECT g(n) FROM t WHERE c = 'v'
+how many T are there for each C | count T per C | number of T by C => SELECT c, COUNT(*) FROM t GROUP BY c
+what is the G N of T for each C | G N of T per C => SELECT c, g(n) FROM t GROUP BY c
+which C values have more than k T | list each C that has over k T => SELECT c FROM t GROUP BY c HAVING COUNT(*) > k
+which k T have the S N | list the k T with the S N => SELECT i FROM t ORDER BY n s, i LIMIT k
+which k T with C 'v' have the S N | of T with C 'v' list the k with the S N
+    => SELECT i FROM t WHERE c = 'v' ORDER BY n s, i LIMIT k
+which different C values do T with N O x have | list every C of T with N O x once
+    => SELECT DISTINCT c FROM t WHERE n o x
+which T with C 'v' are O the average N | list T whose C is 'v' and N O average
+    => SELECT i FROM t WHERE c = 'v' AND n o (SELECT AVG(n) FROM t)
+how many T belong to U with E 'w' | count T at U whose E is 'w'
+    => SELECT COUNT(*) FROM t JOIN u ON t.f = u.j WHERE u.e = 'w'
+which T with N O x belong to U with E 'w' | list T at U whose E is 'w' with N O x
+    => SELECT t.i FROM t JOIN u ON t.f = u.j WHERE u.e = 'w' AND t.n o x
 """
-FORMS = (line.split(" => ") for line in re.sub("\n +", " ", FORMS).strip().splitlines())
-FORMS = {sql: questions.split(" | ") for questions, sql in FORMS}
+FORMS = re.sub(r"\b([b-zA-Z])\b", r"{\1}", FORMS.replace("\n    ", " ")).strip()
+FORMS = {sql: questions.split(" | ") for questions, sql in (line.split(" => ") for line in FORMS.splitlines())}
 OPERATORS = {">": ["above", "over", "greater than"], "<": ["below", "under", "less than"]}
-AGGREGATES = {"AVG": ["average", "mean"], "MAX": ["largest", "maximum"],
-              "MIN": ["smallest", "minimum"], "SUM": ["total"]}
+AGGREGATES = {"AVG": ["average", "mean"], "MAX": ["largest", "maximum"], "MIN": ["smallest", "minimum"],
+              "SUM": ["total"]}
 ORDERS = {"DESC": ["highest", "largest"], "ASC": ["lowest", "smallest"]}
 
 
@@ -563,11 +534,9 @@ class Database:
             for i in range(rows[t]):
                 row = [pool[i] if k == 0 else rng.choice(pool) for k, pool in enumerate(pools)]
                 self.connection.execute(f"INSERT INTO {t} VALUES ({', '.join('?' * len(row))})", row)
-        allowed = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ}
-        functions = {"count", "sum", "avg", "min", "max"}
-        self.connection.set_authorizer(
-            lambda action, _, name, *__: sqlite3.SQLITE_OK if action in allowed or (
-                action == sqlite3.SQLITE_FUNCTION and name in functions) else sqlite3.SQLITE_DENY)
+        allowed = {(sqlite3.SQLITE_FUNCTION, name) for name in ("count", "sum", "avg", "min", "max")}
+        self.connection.set_authorizer(lambda action, _, name, *more: sqlite3.SQLITE_OK if (action, name) in allowed or
+                                       action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ) else sqlite3.SQLITE_DENY)
 
     def rows(self, sql):
         """The rows of a query, at most 1000 of them; None if it fails."""
@@ -587,49 +556,43 @@ class Database:
 
 
 def domain_split(rng, database, per_form):
-    """Distinct questions with non-empty answers, of every form one in eight for each held-out part.
-
-    Returns (train, validation, test): lists of (question, SQL).
-    """
-    train, validation, test = [], [], []
+    """(train, validation, test): distinct (question, SQL) with answers; a held-out part has an eighth of every form."""
+    parts = train, validation, test = [], [], []
     for form in FORMS:
         pairs = {}
         for _ in range(20 * per_form):
             question, sql = ask(rng, form, TELECOM, SPOKEN)
             if len(pairs) < per_form and database.rows(sql) not in ([], [(0,)], [(None,)]):
                 pairs[question] = sql
-        pairs = list(pairs.items())
-        held_out = max(1, len(pairs) // 8)
-        test += pairs[:held_out]
-        validation += pairs[held_out:2 * held_out]
-        train += pairs[2 * held_out:]
-    for part in (train, validation, test):
+        pairs, n = list(pairs.items()), max(1, len(pairs) // 8)
+        for part, members in zip(parts, (pairs[2 * n:], pairs[n:2 * n], pairs[:n])):
+            part += members
+    for part in parts:
         rng.shuffle(part)
-    return train, validation, test
+    return parts
 
 
 # ----------------------------------------------------------------------------------------------------------- 9. the run
-
 def prepare(settings, per_form, size=Size(), windows=200):
-    """All data, split: documents, questions and schemas are for training, validation or the test, never for two.
+    """All data; documents, questions and schemas are for training, for validation or for the test, never for two.
 
-    general_*: `windows` windows of prose. other_*: `windows` questions and their SQL over schemas that nothing else has.
+    general_*: `windows` windows of prose; other_*: as many questions and their SQL over schemas that nothing else has.
     """
     rng = random.Random(settings["seed"])
     documents = general_documents()
     names = sorted(documents)
     rng.shuffle(names)
     n = len(names) // 20
-    general = {"test": names[:n], "validation": names[n:2 * n], "train": names[2 * n:]}
-    general = {part: "\n\n".join(documents[name] for name in members) for part, members in general.items()}
+    parts = {"test": names[:n], "validation": names[n:2 * n], "train": names[2 * n:]}
+    general = {part: "\n\n".join(map(documents.get, members)) for part, members in parts.items()}
     counts = collections.Counter(re.findall(r"\b[a-z]{4,9}\b", general["train"]))
     common = [word for word, _ in counts.most_common(100)]
     words = {*common, *re.findall(r"[A-Za-z]{3,}", f"{TELECOM} {SPOKEN}")}
     seen = schema_questions(rng, sorted(words), settings["schemas"], settings["sql_examples"])
     database = Database(rng)
-    domain = dict(zip(("train", "validation", "test"), domain_split(rng, database, per_form)))
+    train, validation, test = domain_split(rng, database, per_form)
     rng = random.Random(f"other schemas {settings['seed']}")  # on its own: whatever it draws, the rest stays as it is
-    other = {part: schema_questions(rng, common, 20, windows, set(seen)) for part in ("validation", "test")}
+    other = [schema_questions(rng, common, 20, windows, set(seen)) for _ in range(2)]
     tokenizer = Tokenizer(general["train"] + "".join(f"{prompt(q)} {sql}" for q, sql in seen), size.vocab_size)
     prose = torch.tensor(tokenizer.encode(general["train"]))
     sql = torch.tensor([i for q, sql in seen for i in tokenizer.encode(f"{prompt(q)} {sql}") + [tokenizer.end]])
@@ -638,23 +601,25 @@ def prepare(settings, per_form, size=Size(), windows=200):
         x = torch.tensor(tokenizer.encode(text)).unfold(0, size.context + 1, size.context)[:windows]
         return x[:, :-1], x[:, 1:]
 
-    pairs = {f"domain_{part}": pairs for part, pairs in domain.items()}
-    pairs |= {f"other_{part}": pairs for part, pairs in other.items()}
+    pairs = dict(domain_train=train, domain_validation=validation, domain_test=test,
+                 other_validation=other[0], other_test=other[1])
     return SimpleNamespace(
         tokenizer=tokenizer, database=database, prompt=prompt, context=size.context, size=size,
-        streams=[prose, sql, sql], fingerprint=digest(general["train"], seen),
-        general_validation=windowed(general["validation"]), general_test=windowed(general["test"]),
-        **domain, **{name: encode_domain(tokenizer, members, size.context) for name, members in pairs.items()})
+        streams=[prose, sql, sql], fingerprint=fingerprint({"prose": prose, "sql": sql}),
+        train=train, validation=validation, test=test, general_validation=windowed(general["validation"]),
+        general_test=windowed(general["test"]),
+        **{name: encode_domain(tokenizer, members, size.context) for name, members in pairs.items()})
 
 
 def load_base(data, settings, out, device):
     """(state dict, key): from the cache if everything that shaped it is unchanged, else pretrained and cached."""
-    key = digest(settings, data.size, torch.__version__, data.fingerprint,
-                 *map(inspect.getsource, (Tokenizer, rotary, Block, Model, batches, warmup_then_linear, pretrain)))
+    sources = map(inspect.getsource, (Tokenizer, rotary, Block, Model, batches, warmup_then_linear, pretrain))
+    shaped_by = [settings, data.size, torch.__version__, data.fingerprint, *sources]
+    key = hashlib.sha256("\0".join(map(str, shaped_by)).encode()).hexdigest()[:16]
     path = out / f"base-{key}.pt"
     if not path.exists():
-        say(f"pretraining the base: {settings['steps']} steps, "
-            f"{about(settings['steps'] * settings['batch'] * PRETRAINING)}; kept as {path}")
+        seconds = settings["steps"] * settings["batch"] * 15e-3
+        say(f"pretraining the base: {settings['steps']} steps, to be kept as {path}", seconds)
         state = pretrain(data.streams, settings, device, data.size)
         write_atomically(path, lambda file: torch.save(state, file))
     return torch.load(path, weights_only=True), key
@@ -665,43 +630,34 @@ def fingerprint(state):
     return hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in state.values())).hexdigest()[:16]
 
 
-def digest(*things):
-    return hashlib.sha256("\0".join(map(str, things)).encode(errors="surrogatepass")).hexdigest()[:16]
-
-
-def say(text):
+def say(text, seconds=None):
     """One line, at once, also where the output is not a terminal and progress bars stay silent."""
+    if seconds:  # as long as it takes, roughly, on two cores
+        text += f": about {seconds / 60:.0f} minutes" if seconds > 100 else f": about {5 * math.ceil(seconds / 5)} s"
+        text += " on 2 cores"
     print(text, flush=True)
 
 
-PRETRAINING, FINE_TUNING, WRITING = 15e-3, 5e-3, 50e-3  # seconds on two cores, an example or a window
+def record_bytes(record):
+    """Bytes that a position takes, all tensors of the record together."""
+    return sum(x.nbytes for x in vars(record).values() if isinstance(x, torch.Tensor)) / len(record)
 
 
-def about(seconds):
-    amount = f"{seconds / 60:.0f} minutes" if seconds > 100 else f"{5 * math.ceil(seconds / 5)} s"
-    return f"about {amount} on 2 cores"
-
-
-COLUMNS = (("accuracy", "domain_accuracy", "{:.1%}"), ("prose lost", "forgetting", "{:.3f}"),
-           ("SQL lost", "forgetting_sql", "{:.3f}"), ("domain NLL", "domain_nll", "{:.3f}"), ("outside mass", "outside_mass_end", "{:.4f}"),
-           ("ms/step", "step_ms", "{:.0f}"), ("Stage 0 s", "stage0_s", "{:.1f}"),
-           ("total s", "total_s", "{:.1f}"), ("angle", "angle_mean_deg", "{:.0f}°"),
-           ("clipped", "clip_fraction", "{:.0%}"))
+COLUMNS = {"accuracy": ("domain_accuracy", ".1%"), "prose lost": ("forgetting", ".3f"),
+           "SQL lost": ("forgetting_sql", ".3f"), "domain NLL": ("domain_nll", ".3f"),
+           "outside mass": ("outside_mass_end", ".4f"), "ms/step": ("step_ms", ".0f"), "Stage 0 s": ("stage0_s", ".1f"),
+           "total s": ("total_s", ".1f"), "angle, °": ("angle_mean_deg", ".0f"), "clipped": ("clip_fraction", ".0%")}
 
 
 def print_table(base, runs):
-    """One row a method, the mean over its seeds; where there are several, their standard deviation below it."""
-    table = [["method", *(title for title, _, _ in COLUMNS)]]
+    """One row a method, the mean over its seeds. Lost: forgetting of prose and of SQL over other schemas, in nats."""
+    print(f"{'method':14}" + "".join(f"  {title}" for title in COLUMNS))
     for method in dict.fromkeys(run["method"] for run in [base, *runs]):
-        group = [run for run in [base, *runs] if run["method"] == method]
-        for title, statistic, least in ((method, statistics.mean, 1), ("  ± sd", statistics.stdev, 2)):
-            if len(group) >= least:
-                values = [[run[key] for run in group if run.get(key) is not None] for _, key, _ in COLUMNS]
-                table.append([title, *(form.format(statistic(x)) if len(x) >= least else "-"
-                                       for x, (_, _, form) in zip(values, COLUMNS))])
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for row in table:
-        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]))
+        group, row = [run for run in [base, *runs] if run["method"] == method], f"{method:14}"
+        for title, (key, form) in COLUMNS.items():
+            values = [run[key] for run in group if run.get(key) is not None]
+            row += f"{format(statistics.mean(values), form) if values else '-':>{len(title) + 2}}"
+        print(row)
 
 
 def print_samples(base, runs):
@@ -712,70 +668,49 @@ def print_samples(base, runs):
             print(f"  {run['method']:14}{run['samples'][i]}")
 
 
+OPTIONS = {  # default, least and largest value, what it is
+    "tau": (0.9, 1e-6, 1, "coverage of the recorded subsets"),
+    "tail": (256, 0, math.inf, "tokens that a tail method samples for each batch"),
+    "anchor": (120, 0, math.inf, "windows of text for the anchor methods; 0 leaves them out"),
+    "anchor-weight": (1.0, 0, 1e6, "of the anchor's loss beside the tail's"),
+    "max-angle": (90.0, 0, 180, "MoClip's cap, in degrees"),
+    "steps": (200, 1, math.inf, "fine-tuning steps"),
+    "batch": (32, 1, math.inf, "examples a step"),
+    "lr": (1.2e-3, 0, 1, "learning rate of the fine-tuning"),
+    "base-seed": (BASE["seed"], 0, 2**31 - 1, "seed of the data and of the base")}
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name, (default, least, most, what) in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{what} ({default})")
     parser.add_argument("--device", default=torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    parser.add_argument("--tau", type=float, default=0.9, help="coverage of the recorded subsets, in (0, 1]")
-    parser.add_argument("--tail", type=int, default=256, help="tokens that a tail method samples for each batch")
-    parser.add_argument("--anchor", type=int, default=120, help="windows of the anchor's text; 0: no anchor methods")
-    parser.add_argument("--anchor-weight", type=float, default=1.0, help="of the anchor's loss beside the tail's")
     parser.add_argument("--anchor-text", default="own", choices=("own", "given"),
-                        help="written by the base, or windows of what it was pretrained on, half of them SQL")
-    parser.add_argument("--max-angle", type=float, default=90, help="MoClip's cap, in degrees")
+                        help="written by the base, or given: of what it was pretrained on, half of it SQL")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=200, help="fine-tuning steps")
-    parser.add_argument("--batch", type=int, default=32, help="examples a step")
-    parser.add_argument("--lr", type=float, default=1.2e-3, help="learning rate")
-    parser.add_argument("--base-seed", type=int, default=BASE["seed"], help="seed of the data and of the base")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the fine-tuning")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the cached base and of results.json")
     parser.add_argument("--quick", action="store_true", help="a smoke run: tiny base, few steps, one seed")
     args = parser.parse_args()
+    for name, (_, least, most, _) in OPTIONS.items():
+        if not least <= getattr(args, name.replace("-", "_")) <= most:
+            parser.error(f"--{name} must lie in [{least}, {most}]")
+    if not all(0 <= seed < 2**31 for seed in args.seeds):
+        parser.error("--seeds must lie in [0, 2**31)")
     args.per_form, args.windows, args.anchor_step, base = 120, 200, 2, BASE
     if args.quick:
         args.steps, args.seeds, args.per_form, args.windows, base = 5, [0], 16, 40, QUICK_BASE
         args.anchor, args.out = min(args.anchor, 8), args.out / "quick"
     args.base = dict(base, seed=args.base_seed)
     args.methods = [method for method in args.methods if args.anchor or not method.startswith("anchor")]
-    rules = {"--tau must lie in (0, 1]": 0 < args.tau <= 1,
-             "--tail must be at least 0": args.tail >= 0,
-             "--anchor must be even and at least 0": args.anchor >= 0 and args.anchor % 2 == 0,
-             "--anchor-weight must be finite and at least 0": 0 <= args.anchor_weight < math.inf,
-             "--methods must name one that needs no anchor if --anchor is 0": args.methods,
-             "--max-angle must lie in [0, 180]": 0 <= args.max_angle <= 180,
-             "--lr must be positive and finite": 0 < args.lr < math.inf,
-             "--steps and --batch must be at least 1": min(args.steps, args.batch) >= 1,
-             "--seeds must lie in [0, 2**31)": all(0 <= seed < 2**31 for seed in args.seeds),
-             "--base-seed must lie in [0, 2**31)": 0 <= args.base_seed < 2**31}
-    for rule, kept in rules.items():
-        if not kept:
-            parser.error(rule)
     return args
-
-
-def record_bytes(record):
-    """Bytes that a position takes, all tensors of the record together."""
-    return sum(x.nbytes for x in vars(record).values() if isinstance(x, torch.Tensor)) / len(record)
-
-
-def make_anchor(model, data, args, device):
-    """Stage 0 for the anchor methods: the text, written or given, and its record."""
-    if args.anchor_text == "own":
-        text = write_text(model, data.tokenizer.end, args.anchor, device)
-    else:
-        text = next(batches(data.streams[:2], dict(batch=args.anchor, seed=0), data.context)).flip(0)  # SQL first
-    anchor = record_anchor(model, text, device)
-    for ids in (anchor.tokens[0], anchor.tokens[-1]):
-        say(textwrap.fill(repr(data.tokenizer.decode(ids.tolist())), 118, initial_indent="  ", subsequent_indent="   "))
-    return anchor
 
 
 def main():
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
-
-    say(f"building the corpora: {about(10)}")
+    say("building the corpora", 10)
     data = prepare(args.base, args.per_form, windows=args.windows)
     say(f"general: {len(data.streams[0]):,} training tokens; SQL over other schemas: {len(data.streams[1]):,} tokens; "
         f"domain: {len(data.train)} questions, {len(data.validation)} for validation, {len(data.test)} for the test")
@@ -786,34 +721,37 @@ def main():
             "parameters": sum(p.numel() for p in base_model.parameters()), **evaluate(base_model, data, device)}
 
     # Stage 0, once, under the base: a record for the domain, and one for the anchor
-    say(f"Stage 0: recording {len(data.train)} examples, {about(len(data.train) * FINE_TUNING)}")
-    start, anchor = clock(device), None
+    say(f"Stage 0: recording {len(data.train)} examples", len(data.train) * 5e-3)
+    start = clock(device)
     record = stage0(base_model, *data.domain_train, args.tau, device)
     seconds = clock(device) - start
-    stage0_s = {"full": 0.0, "replay": seconds, "tail": seconds}
+    stage0_s, anchor = {"full": 0.0, "replay": seconds, "tail": seconds}, None
     say(f"Stage 0: {len(record):,} positions in {seconds:.1f} s; a position at tau = {args.tau}: "
         f"{record.subset_sizes.float().mean():.0f} tokens in {record_bytes(record):.0f} bytes; "
         f"its float32 logits would take {4 * data.size.vocab_size}")
     if any(method.startswith("anchor") for method in args.methods):
-        say(f"Stage 0: the anchor, {args.anchor} windows, {about(args.anchor * WRITING)}; the first and the last:")
-        anchor = make_anchor(base_model, data, args, device)
-        stage0_s["anchor"] = clock(device) - start
-        say(f"Stage 0: {len(anchor.record):,} positions to be kept; a position: "
-            f"{anchor.record.subset_sizes.float().mean():.0f} tokens in {record_bytes(anchor.record):.0f} bytes")
-    probe = outside_mass_probe(*data.domain_train, device)
+        say(f"Stage 0: {args.anchor} windows for the anchor, {args.anchor_text} text", args.anchor * 50e-3)
+        start = clock(device)
+        if args.anchor_text == "own":
+            text = write_text(base_model, data.tokenizer.end, args.anchor, device)
+        else:
+            text = next(batches(data.streams[:2], dict(batch=args.anchor, seed=0), data.context))
+        anchor = record_anchor(base_model, text, device)
+        stage0_s["anchor"] = seconds + clock(device) - start
+        say(f"Stage 0: {record_bytes(anchor.record):.0f} bytes a position; the first window and the last:")
+        for ids in (text[0], text[-1]):
+            print(f"  {data.tokenizer.decode(ids.tolist())!r}")
 
     # Stage 1
-    names = "tau tail anchor anchor_weight anchor_text anchor_step max_angle steps batch lr per_form windows base"
-    config = {name: getattr(args, name) for name in names.split()}
-    config |= {"device": str(device), "torch": torch.__version__, "python": platform.python_version(),
-               "threads": torch.get_num_threads()}
-    runs, plan = [], list(itertools.product(args.seeds, args.methods))
+    probe, runs = outside_mass_probe(*data.domain_train, device), []
+    plan = list(itertools.product(args.seeds, args.methods))
+    config = {name: value if name not in ("device", "out") else str(value) for name, value in vars(args).items()}
+    config |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     for i, (seed, method) in enumerate(plan, 1):
-        say(f"Stage 1, run {i} of {len(plan)}: {method}, seed {seed}, {args.steps} steps, "
-            f"{about(args.steps * args.batch * FINE_TUNING)}")
+        seconds = args.steps * args.batch * 5e-3
+        say(f"Stage 1, run {i} of {len(plan)}: {method}, seed {seed}, {args.steps} steps", seconds)
         model = copy.deepcopy(base_model)
-        run = {"method": method, "seed": seed, "base": base["fingerprint"], "stage0_s": stage0_s[method.split("+")[0]],
-               "record_bytes_per_position": record_bytes(record)}
+        run = {"method": method, "seed": seed, "base": base["fingerprint"], "stage0_s": stage0_s[method.split("+")[0]]}
         run |= finetune(model, method, data.domain_train, record, probe, args, seed, device, anchor)
         run |= evaluate(model, data, device)
         run |= {"total_s": run["stage0_s"] + run["steps_s"], "forgetting": run["general_nll"] - base["general_nll"],
@@ -824,7 +762,6 @@ def main():
 
     print()
     print_table(base, runs)
-    print("prose lost, SQL lost: forgetting, in nats a token, of general text and of SQL over schemas never trained on")
     print_samples(base, runs[:len(args.methods)])
 
 
