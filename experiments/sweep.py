@@ -40,7 +40,8 @@ ARMS = {
     "moclip": {method: dict(method=method) for method in ("anchor+moclip", "full+moclip", "tail+moclip")},
     "rivals": {variant: dict(FULL, variant=variant) for variant in
                ("LoRA 8", "LoRA 32", "L2-SP 0.001", "L2-SP 0.01", "eps 0.0001", "KL to base", "mixed", "own tokens")},
-    "texts": {f"anchor+adamw, {text} text": dict(ANCHOR, text=text) for text in ("given", "both")},
+    "texts": {"anchor+adamw, given text": dict(ANCHOR, text="given"),
+              "anchor+adamw, both texts": dict(ANCHOR, text="both")},
     "full+anchor": {"anchor+adamw, full softmax": dict(ANCHOR, variant="full softmax")}}
 """study -> arm -> its settings, but for base, seed and learning rate."""
 DIALS = {
@@ -50,10 +51,10 @@ DIALS = {
     "windows a step": [dict(anchor_step=count) for count in (1, 2, 4)],
     "weight": [dict(anchor_weight=weight) for weight in (0.3, 1.0, 3.0)],
     "begun with": [dict(text=text) for text in ("own", "own, end of text", "own, any token")],
-    "gold in S": [dict(anchor_gold=gold) for gold in (True, False)],
-    "steps": [dict(steps=steps) for steps in (100, 200, 400, 800)],
-    "lr": [dict(lr=lr) for lr in (1.2e-3, 2.4e-3)]}
-"""dial -> its values, for the anchor on base 0, one at a time; the last two for full+adamw and tail+adamw as well."""
+    "gold in S": [dict(anchor_gold=gold) for gold in (True, False)]}
+"""dial -> its values, for anchor+adamw on base 0, one at a time."""
+LONGER = [*(dict(steps=steps) for steps in (100, 200, 400, 800)), dict(lr=2.4e-3)]
+"""Does forgetting stay put? For full+adamw, tail+adamw and anchor+adamw on base 0."""
 
 
 def studies(rows):
@@ -65,12 +66,12 @@ def studies(rows):
     grids = {study: [run for name, arm in mine.items() for run in runs([arm], LARGE if "LoRA" in name else RATES)]
              for study, mine in ARMS.items()}
     tried = {name: mine for name, arm in arms.items() if (mine := select(rows, **arm))}
-    dials = [run for dial, values in DIALS.items() for value in values
-             for run in runs([ANCHOR, FULL, TAIL] if dial in ("steps", "lr") else [ANCHOR], [1.2e-3], [0], **value)]
     return {**grids,
             "edges": [run for name, mine in tried.items() for run in runs([arms[name]], beyond(mine))],
             "seed 1": [run for name, mine in tried.items() for run in runs([arms[name]], [chosen(mine)], seed=1)],
-            "dials": dials,
+            "dials": [run for values in DIALS.values() for value in values
+                      for run in runs([ANCHOR], [1.2e-3], [0], **value)],
+            "longer": [run for value in LONGER for run in runs([ANCHOR, FULL, TAIL], [1.2e-3], [0], **value)],
             "tau": [run for tau in (0.9, 0.99) for run in runs([TAIL, dict(method="replay+adamw")], [8e-4], tau=tau)],
             "record": runs([TAIL, dict(TAIL, variant="gold only")], [8e-4]),
             "cap": [run for cap in (60.0, 90.0, 180.0)
@@ -209,8 +210,8 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def load(path=RESULTS):
-    return json.loads(path.read_text()) if path.exists() else {"bases": [], "runs": []}
+def load():
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"bases": [], "runs": []}
 
 
 def main():
