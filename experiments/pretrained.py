@@ -35,7 +35,7 @@ from logits_replay import ReplayRecord
 try:
     import transformers
 except ImportError as error:
-    raise SystemExit("this experiment needs: pip install transformers accelerate (and gguf for a GGUF file)") from error
+    raise SystemExit("this needs: pip install transformers accelerate (gguf for a GGUF file, peft for LoRA)") from error
 
 CONTEXT = 96  # tokens of a window, and of the longest example
 QUESTIONS = """Give me three tips for sleeping better. | How do I boil an egg? | What is the capital of Italy? |
@@ -53,9 +53,9 @@ class Hidden(torch.nn.Module):
         self.body, self.embedding = model.base_model, model.get_output_embeddings()
 
     def forward(self, tokens, past=None):
-        out = self.body(input_ids=tokens, past_key_values=(past or {}).get("cache"), use_cache=past is not None)
-        if past is not None:
-            past["cache"] = out.past_key_values
+        out = self.body(input_ids=tokens, use_cache=past is not None, **(past or {}))
+        if past is not None:  # keeps the cache under its name, which changes with the version of transformers
+            past.update((name, value) for name, value in out.items() if name != "last_hidden_state")
         return out.last_hidden_state
 
 
@@ -92,7 +92,7 @@ class ReplayTrainer(transformers.Trainer):
         loss = self.score(h, self.model.get_output_embeddings().weight, y, self.rows_of(inputs["index"].cpu()))
         if num_items_in_batch is not None:
             # mean over the step = sum over micro-batches of n / N mean; and DDP divides by the number of processes
-            loss = loss * (len(y) * self.accelerator.num_processes / num_items_in_batch)
+            loss = loss * len(y) * self.accelerator.num_processes / num_items_in_batch
         return (loss, None) if return_outputs else loss
 
 

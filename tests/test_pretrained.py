@@ -1,16 +1,25 @@
 """What needs transformers: README's loop on models of several kinds, and experiments/pretrained.py. Else skipped."""
 
+import json
+import math
+import random
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-transformers = pytest.importorskip("transformers", reason="these tests need: pip install transformers accelerate peft")
-peft = pytest.importorskip("peft", reason="these tests need: pip install transformers accelerate peft")
+import logits_replay
+import train_small as script
+from moclip import MoClip
 
-import logits_replay  # noqa: E402  (below the skip, as all that follows)
-from moclip import MoClip  # noqa: E402
+NEEDED = dict(reason="these tests need: pip install transformers accelerate peft")
+transformers, peft, _, tokenizers = (pytest.importorskip(name, **NEEDED)
+                                     for name in ("transformers", "peft", "accelerate", "tokenizers"))
+pretrained = pytest.importorskip("experiments.pretrained", **NEEDED)
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::peft")
 LOOP = r"""hidden = lambda x: model(x, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
@@ -47,7 +56,7 @@ V, B, T = 64, 16, 7
 def tiny(kind, **options):
     """A randomly initialized model of two layers whose logits are large enough for caps and scales to matter."""
     torch.manual_seed(0)
-    config = dict(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    config = dict(vocab_size=options.pop("vocab_size", V), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                   num_key_value_heads=2, max_position_embeddings=128, pad_token_id=1, bos_token_id=1, eos_token_id=2)
     if kind == "Gemma2":
         config |= dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=64)
@@ -155,22 +164,158 @@ def test_the_loop_learns_and_holds_what_the_model_said():
     assert 0 < changed[0] < 0.7 * changed[1]
 
 
+@torch.no_grad()
+def plainly_sampled(model, text):
+    """Is the text drawn from the model's own softmax, and goes it on after the end-of-text token?
+
+    The surprise -log p(next) has the entropy as its mean: the sum of their differences over all positions is within
+    four of its standard deviations of zero. Cut, sharpened or padded text is ten and more away.
+    """
+    log_p = model(text[:, :-1]).logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    variance = (log_p.exp() * log_p**2).sum(-1) - entropy**2
+    surprise = -log_p.gather(-1, text[:, 1:, None]).squeeze(-1)
+    after_the_end = text[:, 1:][(text == 2)[:, :-1]]
+    return (surprise - entropy).sum().abs() < 4 * variance.sum().sqrt() and len(after_the_end.unique()) > 3
+
+
 def test_the_loop_lets_the_model_write_plain_samples_of_full_length():
-    # whatever its generation config asks for: the surprise -log p(next) has the entropy as its mean, so the sum of the
-    # differences over N positions is within four of its standard deviations of zero; greedy text is far below
     model = tiny("Llama")
     model.generation_config.update(temperature=0.3, top_k=5, top_p=0.5, repetition_penalty=1.5, do_sample=True)
     names = run(LOOP, model, lambda parameters, lr: torch.optim.SGD(parameters, 0.0), steps=2)
     text, window = names["text"], names["window"]
     assert text.shape == (120, 97) and (text[::2, 0] == 1).all() and len(text[1::2, 0].unique()) > 30
-    with torch.no_grad():
-        log_p = model(text[:, :-1]).logits.log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    variance = (log_p.exp() * log_p**2).sum(-1) - entropy**2
-    surprise = -log_p.gather(-1, text[:, 1:, None]).squeeze(-1)
-    assert (surprise - entropy).sum().abs() < 4 * variance.sum().sqrt()
-    after_the_end = text[:, 1:][(text == 2)[:, :-1]]  # it goes on after the end-of-text token, and is not padded
-    assert len(after_the_end) > 20 and len(after_the_end.unique()) > 3
+    assert plainly_sampled(model, text)
     # nothing has moved, so the record of the second step's window is what the model says there
-    kl = logits_replay.replay_kl_div(model(text[window, :-1]).logits, names["said"])
+    kl = logits_replay.replay_kl_div(model(text[window, None, :-1]).logits, names["said"])
     assert window == 1 and abs(kl) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------- experiments/pretrained.py
+
+def trained(tokens, targets, optimizer, batch, accumulate, score):
+    """A tiny model after one step of ReplayTrainer on all examples."""
+    model = tiny("Llama")
+    arguments = transformers.TrainingArguments(
+        "unused", max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, use_cpu=True,
+        remove_unused_columns=False, max_grad_norm=0.0, save_strategy="no", report_to=[], logging_strategy="no")
+    data = [{"input_ids": x, "labels": y, "index": i} for i, (x, y) in enumerate(zip(tokens, targets))]
+    optimizer = optimizer(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer = pretrained.ReplayTrainer(model, arguments, train_dataset=data, optimizers=(optimizer, schedule))
+    trainer.score, trainer.rows_of = score, script.scored_rows(targets)
+    trainer.train()
+    return model
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 2**31 - 1), method=st.sampled_from(["full", "replay"]))
+def test_two_micro_batches_of_four_move_the_model_as_one_batch_of_eight(seed, method):
+    torch.manual_seed(seed)
+    tokens, targets = torch.randint(V, (2, 8, T))
+    targets[torch.rand(8, T) < torch.rand(8, 1)] = -100
+    targets[:, 0] = torch.randint(V, (8,))  # in every example, also where the Trainer's own count would not look
+    record = script.stage0(pretrained.Hidden(tiny("Llama")), tokens, targets, 0.8, torch.device("cpu"))
+    score = script.scorer(method, record, None, None)
+    sgd = lambda parameters: torch.optim.SGD(parameters, 0.5)
+    accumulated, at_once = (trained(tokens, targets, sgd, size, 8 // size, score) for size in (4, 8))
+    base = tiny("Llama")
+    hidden, gold = script.scored_hidden(pretrained.Hidden(base), tokens, targets, torch.device("cpu"))
+    score(hidden, base.get_output_embeddings().weight, gold, torch.arange(len(gold))).backward()
+    for a, b, p in zip(accumulated.parameters(), at_once.parameters(), base.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(b, p.detach() - 0.5 * p.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in ("Llama", "LoRA")])
+def test_a_model_whose_logits_are_not_hidden_times_weight_is_refused(kind):
+    pretrained.check_head(tiny("Llama"))
+    with pytest.raises(ValueError, match="its logits are not hidden"):
+        pretrained.check_head(MODELS[kind]())
+
+
+def test_the_base_writes_plain_samples_whatever_its_generation_config_says():
+    model = tiny("Llama")
+    model.generation_config.update(temperature=0.3, top_k=5, top_p=0.5, repetition_penalty=1.5, do_sample=True)
+    text = pretrained.write_text(model, 120, seed=3)
+    assert torch.equal(text, pretrained.write_text(model, 120, seed=3))
+    assert text.shape == (120, pretrained.CONTEXT + 1) and (text[:60, 0] == 1).all() and len(text[60:, 0].unique()) > 30
+    assert plainly_sampled(model, text)
+
+
+def test_what_is_left_of_a_chat_is_that_of_plain_loops():
+    base, model, answers = tiny("Llama"), tiny("Llama"), []
+    assert (base.get_output_embeddings().weight == model.get_output_embeddings().weight).all()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p) * p.abs().mean()
+    for length, start in ((9, 4), (6, 5), (12, 2)):
+        answers.append((torch.randint(V, (1, length)), start))
+    kl, same = [], []
+    for ids, start in answers:
+        for t in range(start, ids.shape[1]):  # token t is of the answer: predicted from all before it
+            p0, p1 = (m(ids[:, :t]).logits[0, -1].softmax(-1).tolist() for m in (base, model))
+            kl.append(sum(a * math.log(a / b) for a, b in zip(p0, p1)))
+            same.append(p0.index(max(p0)) == p1.index(max(p1)))
+    found = pretrained.chat_left(model, base, answers)
+    assert 0 < sum(same) < len(same)
+    assert found == {"chat_kl": pytest.approx(sum(kl) / len(kl)), "chat_same": pytest.approx(sum(same) / len(same))}
+    assert pretrained.chat_left(base, base, answers) == {"chat_kl": 0.0, "chat_same": 1.0}
+
+
+def test_lora_starts_at_the_base_and_moves_its_adapters_alone():
+    model, ids = tiny("Llama").float(), torch.randint(V, (2, T))
+    before, names = model(ids).logits, {name for name, _ in model.named_parameters()}
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    c = SimpleNamespace(model=pretrained.Hidden(model), method="full+adamw", args=SimpleNamespace(lr=0.1))
+    _, optimizer = pretrained.VARIANTS["LoRA 16"](c)
+    torch.testing.assert_close(model(ids).logits, before)
+    for step in range(2):  # in the first one the gradient of A is zero, for B is
+        optimizer.zero_grad()
+        F.cross_entropy(model(ids).logits.flatten(0, 1), ids.flatten()).backward()
+        optimizer.step()
+    after = {name.replace("base_layer.", ""): p for name, p in model.named_parameters()}
+    assert all(torch.equal(weights[name], after[name]) for name in names)
+    adapters = {name: p for name, p in after.items() if name not in names}
+    assert len(adapters) == 2 * 2 * 7 and all(16 in p.shape and p.grad.any() for p in adapters.values())
+
+
+WORDS = "river stone little water garden window summer winter island bread paper music silver north".split()
+
+
+def test_a_study_is_written_as_it_goes_and_not_measured_again(tmp_path, monkeypatch, capsys):
+    rng = random.Random(0)
+    asked = [f"{script.prompt(q)} {sql}" for q, sql in script.domain_split(rng, script.Database(rng), 16)[0]]
+    documents = {f"{i}": " ".join(rng.choices(WORDS, k=60))
+                 for i in range(90)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=2000, special_tokens=["<begin>", "<end>"], show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([*asked, *documents.values()], trainer)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<begin>", eos_token="<end>",
+                                         pad_token="<end>").save_pretrained(tmp_path)
+    tiny("Llama", vocab_size=tokenizer.get_vocab_size()).float().save_pretrained(tmp_path)
+    monkeypatch.setattr(script, "general_documents", lambda: dict(documents))
+    results = tmp_path / "results.json"
+
+    def study(*options):
+        monkeypatch.setattr("sys.argv", ["pretrained", "--model", str(tmp_path), "--steps", "2", "--batch", "4",
+                                         "--train", "8", "--test", "3", "--anchor", "4", "--results", str(results),
+                                         *options])
+        pretrained.main()
+        return json.loads(results.read_text())
+
+    first, = study("--methods", "full+adamw", "anchor+adamw")
+    base, full, anchored = first["runs"]
+    assert [run["method"] for run in first["runs"]] == ["base", "full+adamw", "anchor+adamw"]
+    assert base["chat_kl"] == 0 and full["chat_kl"] > 0 and anchored["anchor_bytes_per_position"] > 100
+    assert all(key in full for key in ("chat_same", "chat_answer", "forgetting", "forgetting_sql", "domain_accuracy",
+                                       "domain_nll_validation", "step_ms"))
+    assert "anchor+adamw: Give me three tips" in capsys.readouterr().out
+    again, = study("--methods", "full+adamw", "anchor+adamw", "full+moclip")
+    assert again["runs"][:3] == first["runs"] and len(again["runs"]) == 4
+    rows = {variant: study("--methods", method, "--variant", variant)[-1]["runs"][-1] for method, variant in
+            (("full+adamw", "KL to base"), ("anchor+adamw", "full softmax"), ("full+adamw", "LoRA 16"))}
+    assert len({row["domain_nll"] for row in (full, *rows.values())}) == 4
