@@ -9,8 +9,7 @@ tokenizer are put into the shape that they expect. A row also says what is left 
 to a dozen everyday questions the mean KL from the base and how often both prefer the same token, and one own answer.
 
 Under torchrun every process records its shard of the corpus and the Trainer wraps the model in DDP (FSDP would shard
-the head, which the losses apply). Each run starts from the pretrained weights; what is measured goes to
-experiments/results/pretrained.json as soon as it is, and is not measured again.
+the head, which the losses apply). A finished run is kept in experiments/results/pretrained.json and not run again.
 """
 
 import argparse
@@ -108,9 +107,9 @@ def record_shards(model, tokens, targets, tau, device):
 
 @torch.no_grad()
 def write_text(model, count, seed):
-    """train_small.py's `write_text` by `generate`: (count, CONTEXT + 1), the first half from the beginning of a text.
+    """train_small.py's `write_text`, (count, CONTEXT + 1), by `generate`, unfiltered whatever the generation config says.
 
-    Whatever the model's generation config says: every token of the vocabulary at temperature 1, and on after the end.
+    The first half begins with the beginning-of-text token; nothing stops at the end of a text.
     """
     torch.manual_seed(seed)
     begin, first = torch.randint(model.config.vocab_size, (count, 1), device=model.device), model.config.bos_token_id

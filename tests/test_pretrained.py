@@ -56,8 +56,9 @@ V, B, T = 64, 16, 7
 def tiny(kind, **options):
     """A randomly initialized model of two layers whose logits are large enough for caps and scales to matter."""
     torch.manual_seed(0)
-    config = dict(vocab_size=options.pop("vocab_size", V), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                  num_key_value_heads=2, max_position_embeddings=128, pad_token_id=1, bos_token_id=1, eos_token_id=2)
+    config = dict(vocab_size=options.pop("vocab_size", V), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                  num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=1,
+                  bos_token_id=1, eos_token_id=2)
     if kind == "Gemma2":
         config |= dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=64)
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**config, **options))
@@ -112,7 +113,7 @@ def run(loop, model, optimizer=MoClip, steps=1):
     """Executes the loop on as many examples as make these steps; returns its names."""
     torch.manual_seed(1)
     ids, labels = torch.randint(V, (2, B * steps, T))
-    labels[torch.rand(B * steps, T) < torch.linspace(0, 0.9, B * steps)[:, None]] = -100  # so micro-batches score unequal counts
+    labels[torch.rand(B * steps, T) < torch.linspace(0, 0.9, B * steps)[:, None]] = -100  # unequal counts
     names = {**vars(logits_replay), "torch": torch, "model": model, "ids": ids, "labels": labels, "MoClip": optimizer}
     exec(loop, names)
     return names
@@ -208,7 +209,7 @@ def trained(tokens, targets, optimizer, batch, accumulate, score):
     return model
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 2**31 - 1), method=st.sampled_from(["full", "replay"]))
 def test_two_micro_batches_of_four_move_the_model_as_one_batch_of_eight(seed, method):
     torch.manual_seed(seed)
@@ -298,6 +299,7 @@ def test_a_study_is_written_as_it_goes_and_not_measured_again(tmp_path, monkeypa
                                          pad_token="<end>").save_pretrained(tmp_path)
     tiny("Llama", vocab_size=tokenizer.get_vocab_size()).float().save_pretrained(tmp_path)
     monkeypatch.setattr(script, "general_documents", lambda: dict(documents))
+    monkeypatch.setattr(pretrained, "QUESTIONS", pretrained.QUESTIONS[:3])
     results = tmp_path / "results.json"
 
     def study(*options):
@@ -314,8 +316,6 @@ def test_a_study_is_written_as_it_goes_and_not_measured_again(tmp_path, monkeypa
     assert all(key in full for key in ("chat_same", "chat_answer", "forgetting", "forgetting_sql", "domain_accuracy",
                                        "domain_nll_validation", "step_ms"))
     assert "anchor+adamw: Give me three tips" in capsys.readouterr().out
-    again, = study("--methods", "full+adamw", "anchor+adamw", "full+moclip")
-    assert again["runs"][:3] == first["runs"] and len(again["runs"]) == 4
-    rows = {variant: study("--methods", method, "--variant", variant)[-1]["runs"][-1] for method, variant in
-            (("full+adamw", "KL to base"), ("anchor+adamw", "full softmax"), ("full+adamw", "LoRA 16"))}
-    assert len({row["domain_nll"] for row in (full, *rows.values())}) == 4
+    assert study("--methods", "full+adamw", "anchor+adamw") == [first]
+    again, dense = study("--methods", "full+adamw", "--variant", "KL to base")
+    assert again == first and dense["runs"][1]["domain_nll"] != full["domain_nll"]
