@@ -1,25 +1,25 @@
-"""Writes the golden vectors from tests/plain_reference.py alone: python tests/vectors/generate.py
+"""Writes the golden vectors from plain_reference.py alone: cd tests && python -m vectors.generate
 
-Each file has a function that makes the inputs of its cases and one that computes what is expected of them. The first is
-a choice of numbers: exact in float32, and such that every decision (is tau reached? is the angle above the cap?) is
-exact or clear by MARGIN, so that float32 and float64 ports decide alike. The second is what a port has to do.
+Each file has a function that makes the inputs of its cases, a choice of numbers: exact in float32, and such that every
+decision (is tau reached? is the angle above the cap?) is exact or clear by MARGIN, so that float32 and float64 ports
+decide alike. What is expected of them is what the plain reference, taken as a port, makes of them.
 """
 
 import json
 import math
 import random
 import struct
-import sys
 from pathlib import Path
 
+import numpy as np
+
+import plain_reference
+from vectors import calls
+from vectors.compare import EPS
+
 FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))
-
-import plain_reference  # noqa: E402  (its folder is on the path only now)
-
 MARGIN = 1e-4
 DEGREE = math.pi / 180
-EPS = {"float64": 2.0**-52, "float32": 2.0**-23}
 
 
 def float32(x):
@@ -84,8 +84,14 @@ def recording_inputs():
         ("refused: tau = 0", spread[:1], [3], 0.0, None, -100),
         ("refused: tau above 1", spread[:1], [3], 1.5, None, -100),
         ("refused: max_size = 0", spread[:1], [3], 0.9, 0, -100),
+        # to be ranked are the probabilities: of equal logits, up to 2^-40, in float32, but not in float64
+        ("a softmax in float32 makes equal what its logits are not", [[0.0, 2.0**-40, -3.0]], [2], 0.1, None, -100,
+         "float32"),
+        ("a softmax in float64 does not", [[0.0, 2.0**-40, -3.0]], [2], 0.1, None, -100, "float64"),
+        ("8 times the rounded 0.1, one after the other, is < 0.8", [[0.0] * 10], [0], 0.8, None, -100, "float64"),
+        ("SUM", "float64"),
     ]
-    for name, logits, target, tau, max_size, ignore_index in cases:
+    for name, logits, target, tau, max_size, ignore_index, *dtype in cases:
         # the probabilities of equal tokens are as exact as a division: there a hundredth of a token is clear
         margin = MARGIN if len(logits[0]) < 5000 else 2e-5
         for p in map(plain_reference.softmax, logits):
@@ -94,14 +100,8 @@ def recording_inputs():
                 covered += x
                 exact = covered == tau or x < 1e-80 or tau < min(p) or "the rounded" in name
                 assert exact or abs(covered - tau) > margin, name
-        yield dict(name=name, logits=logits, target=target, tau=tau, max_size=max_size, ignore_index=ignore_index)
-
-
-def recording(reference, case, eps):
-    probabilities = [reference.softmax(z) for z in case["logits"]]
-    rows, outside = reference.record_topk(probabilities, case["target"], case["tau"], case["max_size"],
-                                          case["ignore_index"])
-    return {"on_the_way": {"probabilities": probabilities}, "expected": {"token_ids": rows, "outside_mass": outside}}
+        yield dict(name=name, logits=logits, target=target, tau=tau, max_size=max_size, ignore_index=ignore_index,
+                   **({"dtype": dtype[0]} if dtype else {}))
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
@@ -127,25 +127,6 @@ def loss_inputs():
                    incoming=[0.5, -2.0, 3.0, 0.25][:len(target)])
 
 
-def reductions(reference, case, losses, gradients):
-    """{name: value}, {name: derivative by the logits}: reductions, and "none" with an incoming gradient."""
-    value, by_logits = {"loss_none": losses}, {}
-    value["loss_sum"], by_logits["sum"] = reference.weighted_sum(losses, gradients, [1.0] * len(losses))
-    mean, by_logits["mean"] = reference.mean(losses, gradients, case["target"], case["ignore_index"])
-    value["loss_mean"] = None if math.isnan(mean) else mean
-    _, by_logits["weighted"] = reference.weighted_sum(losses, gradients, case["incoming"])
-    return value, by_logits
-
-
-def loss(reference, case, eps):
-    losses, gradients = reference.replay_cross_entropy(case["logits"], case["target"], case["token_ids"],
-                                                       case["ignore_index"])
-    expected, by_logits = reductions(reference, case, losses, gradients)
-    expected |= {f"gradient_of_{name}": gradient for name, gradient in by_logits.items()}
-    expected["outside_mass"] = reference.outside_mass(case["logits"], case["token_ids"])
-    return {"expected": expected}
-
-
 def random_head(rng, N, V, d, with_bias):
     return dict(input=[normal(rng, d) for _ in range(N)], linear_weight=[normal(rng, d) for _ in range(V)],
                 linear_bias=normal(rng, V) if with_bias else None)
@@ -160,17 +141,6 @@ def linear_inputs():
         rows = [sorted(rng.sample(range(V - 1), rng.randint(1, V - 1))) for _ in range(N - 1)] + [[]]
         yield dict(name=name, **head, target=[rng.choice(row) for row in rows[:-1]] + [ignore_index], token_ids=rows,
                    ignore_index=ignore_index, incoming=[0.5, -2.0, 3.0, 0.25][:N])
-
-
-def linear_loss(reference, case, eps, tail=((), ())):
-    h, W, bias = case["input"], case["linear_weight"], case["linear_bias"]
-    losses, gradients = reference.replay_cross_entropy(reference.linear(h, W, bias), case["target"], case["token_ids"],
-                                                       case["ignore_index"], tail)
-    expected, by_logits = reductions(reference, case, losses, gradients)
-    for name in ("mean", "weighted"):
-        for argument, gradient in zip(("input", "weight", "bias"), reference.linear_gradients(h, W, by_logits[name])):
-            expected[f"d_{name}_d_{argument}"] = None if argument == "bias" and bias is None else gradient
-    return {"expected": expected}
 
 
 # ---------------------------------------------------------------------------------------------------------- the angle
@@ -202,10 +172,6 @@ def angle_inputs():
         yield dict(name=f"2^{exponent} from antiparallel", dtype=None, u=[1.0, 0.0], v=[-1.0, 2.0**exponent])
 
 
-def angle(reference, case, eps):
-    return {"expected": {"angle": reference.angle_between(case["u"], case["v"])}}
-
-
 # -------------------------------------------------------------------------------------------------------- the rotation
 
 def rotation_inputs():
@@ -230,12 +196,6 @@ def rotation_inputs():
     for sine in (1.25 * 2.0**-12, 2.0**-30):
         yield dict(name=f"a sine of {sine:.2g} from parallel is not antiparallel, cap 0", dtype=None,
                    grad=[1.0, sine], momentum=[1.0, 0.0], max_angle=0.0)
-
-
-def rotation(reference, case, eps):
-    rotated, theta, clipped, antiparallel = reference.clip_angle(case["grad"], case["momentum"], case["max_angle"], eps)
-    on_the_way = {"angle": theta, "clipped": clipped, "antiparallel": antiparallel}
-    return {"on_the_way": on_the_way, "expected": {"rotated": rotated}}
 
 
 # ----------------------------------------------------------------------------------------------------------- MoClip
@@ -314,32 +274,12 @@ def moclip_inputs():
         # in float64 1 - 0.99999^t itself has lost five digits, and which ones depends on the formula
         dtype = "float32" if "slow" in name else None
         case = dict(name=name, dtype=dtype, scope=scope, max_angle=degrees * DEGREE, groups=groups, steps=steps)
-        for step in moclip(plain_reference, case, EPS["float64"])["expected"]["steps"]:
+        for step in expected("6_moclip.json", case, EPS["float64"])["steps"]:
             for theta in step["angle"]:
                 assert abs(theta - case["max_angle"]) > MARGIN or theta in (0, case["max_angle"]), name
                 # far from antiparallel, or exactly so
                 assert theta < math.pi - 100 * MARGIN or theta > math.pi - 1e-12, name
         yield case
-
-
-def state(shapes):
-    zeros = lambda p: [0.0] * len(flat(p))
-    return [{"parameter": flat(p), "exp_avg": zeros(p), "exp_avg_sq": zeros(p), "step": 0} for p in shapes]
-
-
-def moclip(reference, case, eps):
-    shapes = [p for group in case["groups"] for p in group["parameters"]]
-    parameters, steps = state(shapes), []
-    for step in case["steps"]:
-        options = [dict(group, lr=lr) for group, lr in zip(case["groups"], step["lr"]) for _ in group["parameters"]]
-        for p, gradient in zip(parameters, step["gradients"]):
-            p["gradient"] = None if gradient is None else flat(gradient)
-        reports = reference.moclip_step(parameters, options, case["max_angle"], case["scope"], eps)
-        steps.append({"angle": [theta for theta, _ in reports], "clipped": [clipped for _, clipped in reports],
-                      "parameters": [shaped(p["parameter"], like) for p, like in zip(parameters, shapes)]})
-    final = [{"step": p["step"], "exp_avg": shaped(p["exp_avg"], like), "exp_avg_sq": shaped(p["exp_avg_sq"], like)}
-             for p, like in zip(parameters, shapes)]
-    return {"expected": {"steps": steps, "final": final}}
 
 
 # ------------------------------------------------------------------------------------------------------------ the tail
@@ -372,21 +312,6 @@ def tail_inputs():
         yield case
 
 
-def rounded_tail(reference, chosen, target, V, ignore_index):
-    """The tail as it is stored, with float32 log-weights."""
-    ids, log_weight = reference.tail(chosen, target, V, ignore_index)
-    return {"token_ids": ids, "log_weight": [float32(x) for x in log_weight]}
-
-
-def tail_loss(reference, case, eps):
-    stored = case["tail"]
-    if stored is None:
-        V = len(case["linear_weight"])
-        stored = rounded_tail(reference, case["chosen"], case["target"], V, case["ignore_index"])
-    result = linear_loss(reference, case, eps, (stored["token_ids"], stored["log_weight"]))
-    return {"expected": {"tail": stored, **result["expected"]}}
-
-
 # ----------------------------------------------------------------------------------------------------------- end to end
 
 def end_to_end_inputs():
@@ -405,60 +330,126 @@ def end_to_end_inputs():
             yield case
 
 
-def end_to_end(reference, case, eps):
-    V, target, names = len(case["head"]), case["target"], ("body", "head", "bias")
-    parameters, steps = state([case[name] for name in names]), []
-    now = lambda: [shaped(p["parameter"], case[name]) for p, name in zip(parameters, names)]
+# ------------------------------------------------------------------------------------------- the reference as a port
 
-    def logits(body, head, bias):
-        hidden = reference.linear(case["input"], body)
-        return hidden, reference.linear(hidden, head, bias)
+class Plain:
+    """plain_reference, or a module like it, as a port: lists for arrays, and an eps for the arithmetic that it plays."""
 
-    # Stage 0, once
-    probabilities = [reference.softmax(z) for z in logits(*now())[1]]
-    token_ids, recorded = reference.record_topk(probabilities, target, case["tau"], None, case["ignore_index"])
-    # Stage 1: the mean loss, its gradients, a step
-    for step in case["steps"]:
-        body, head, bias = now()
-        hidden, z = logits(body, head, bias)
-        stored = None
-        if step["chosen"] is not None:
-            stored = rounded_tail(reference, step["chosen"], target, V, case["ignore_index"])
-        R = (stored["token_ids"], stored["log_weight"]) if stored else ((), ())
-        losses, gradients = reference.replay_cross_entropy(z, target, token_ids, case["ignore_index"], R)
-        loss, d_logits = reference.mean(losses, gradients, target, case["ignore_index"])
-        d_hidden, *d_head = reference.linear_gradients(hidden, head, d_logits)
-        d_body = reference.linear_gradients(case["input"], body, d_hidden)[1]
-        for p, gradient in zip(parameters, [d_body, *d_head]):
-            p["gradient"] = flat(gradient)
-        options = {key: case[key] for key in ("betas", "a", "b", "weight_decay")} | {"lr": step["lr"]}
-        reports = reference.moclip_step(parameters, [options] * 3, case["max_angle"], case["scope"], eps)
-        steps.append({"tail": stored, "loss": loss, "angle": [theta for theta, _ in reports],
-                      "clipped": [clipped for _, clipped in reports], **dict(zip(names, now()))})
-    return {"expected": {"token_ids": token_ids, "outside_mass": recorded, "steps": steps,
-                         "outside_mass_at_the_end": reference.outside_mass(logits(*now())[1], token_ids)}}
+    def __init__(self, reference=plain_reference, eps=EPS["float64"]):
+        self.reference, self.eps = reference, eps
+
+    def matmul(self, a, b):
+        """With sums that are rounded once, as everywhere in the reference."""
+        return np.array(self.reference.linear(a.tolist(), b.T.tolist()))
+
+    def softmax(self, logits):
+        p = [self.reference.softmax(z) for z in logits.tolist()]
+        return p if self.eps < EPS["float32"] else [[float32(x) for x in row] for row in p]
+
+    def record_topk(self, logits, target, tau, max_size, ignore_index):
+        rows, outside = self.reference.record_topk(self.softmax(logits), target.tolist(), tau, max_size, ignore_index)
+        log_probs = self.reference.recorded_log_probs(logits.tolist(), rows)
+        return rows, outside, [[float32(x) for x in row] for row in log_probs]
+
+    def outside_mass(self, logits, token_ids):
+        return self.reference.outside_mass(logits.tolist(), token_ids)
+
+    def reduced(self, losses, gradients, counted, reduction, incoming):
+        if reduction == "mean":
+            return self.reference.mean(losses, gradients, counted)
+        weights = [incoming] * len(losses) if reduction == "sum" else incoming.tolist()
+        value, gradients = self.reference.weighted_sum(losses, gradients, weights)
+        return losses if reduction == "none" else value, gradients
+
+    def replay_cross_entropy(self, logits, target, token_ids, ignore_index, reduction, incoming, tail=((), ())):
+        result = self.reference.replay_cross_entropy(logits.tolist(), target.tolist(), token_ids, ignore_index, tail)
+        return self.reduced(*result, [y != ignore_index for y in target], reduction, incoming)
+
+    def linear_replay_cross_entropy(self, input, linear_weight, linear_bias, target, token_ids, ignore_index, tail,
+                                    reduction, incoming):
+        tail = ((), ()) if tail is None else calls.lists(tail)
+        return self.by_head(self.replay_cross_entropy, input, linear_weight, linear_bias, target, token_ids,
+                            ignore_index, reduction, incoming, tail)
+
+    def by_head(self, loss, input, linear_weight, linear_bias, *rest):
+        h, W, bias = calls.lists([input, linear_weight, linear_bias])
+        value, gradients = loss(np.array(self.reference.linear(h, W, bias)), *rest)
+        d_input, d_weight, d_bias = self.reference.linear_gradients(h, W, gradients)
+        return value, d_input, d_weight, None if bias is None else d_bias
+
+    def sample_tail(self, chosen, target, vocab_size, ignore_index):
+        """With float32 log-weights, as they are stored."""
+        ids, log_weight = self.reference.sample_tail(chosen, target.tolist(), vocab_size, ignore_index)
+        return ids, [float32(x) for x in log_weight]
+
+    def angle_between(self, u, v):
+        return self.reference.angle_between(u.tolist(), v.tolist())
+
+    def clip_angle(self, grad, momentum, max_angle):
+        return self.reference.clip_angle(grad.tolist(), momentum.tolist(), max_angle, self.eps)[0]
+
+    def moclip(self, groups, max_angle, scope):
+        shapes = calls.lists([p for group in groups for p in group["parameters"]])
+        zeros = lambda p: [0.0] * len(flat(p))
+        state = [{"parameter": flat(p), "exp_avg": zeros(p), "exp_avg_sq": zeros(p), "step": 0} for p in shapes]
+
+        def step(gradients, lrs):
+            options = [dict(group, lr=lr) for group, lr in zip(groups, lrs) for _ in group["parameters"]]
+            for p, gradient in zip(state, gradients):
+                p["gradient"] = None if gradient is None else flat(gradient.tolist())
+            reports = self.reference.moclip_step(state, options, max_angle, scope, self.eps)
+            of = lambda key: [shaped(p[key], like) for p, like in zip(state, shapes)]
+            return (of("parameter"), [theta for theta, _ in reports], [clipped for _, clipped in reports],
+                    [*zip([p["step"] for p in state], of("exp_avg"), of("exp_avg_sq"))])
+        return step
+
+    def replay_kl_div(self, logits, token_ids, log_probs, positions, reduction, incoming):
+        if log_probs is not None:
+            token_ids, log_probs = self.reference.select(token_ids, log_probs, positions)
+        result = self.reference.replay_kl_div(logits.tolist(), token_ids, log_probs)
+        return self.reduced(*result, [len(row) > 0 for row in token_ids], reduction, incoming)
+
+    def linear_replay_kl_div(self, input, linear_weight, linear_bias, *rest):
+        return self.by_head(self.replay_kl_div, input, linear_weight, linear_bias, *rest)
 
 
-FILES = {"1_recording.json": (recording_inputs, recording), "2_loss.json": (loss_inputs, loss),
-         "3_linear_loss.json": (linear_inputs, linear_loss), "4_angle.json": (angle_inputs, angle),
-         "5_rotation.json": (rotation_inputs, rotation), "6_moclip.json": (moclip_inputs, moclip),
-         "7_tail.json": (tail_inputs, tail_loss), "8_end_to_end.json": (end_to_end_inputs, end_to_end)}
+INPUTS = {"1_recording.json": recording_inputs, "2_loss.json": loss_inputs, "3_linear_loss.json": linear_inputs,
+          "4_angle.json": angle_inputs, "5_rotation.json": rotation_inputs, "6_moclip.json": moclip_inputs,
+          "7_tail.json": tail_inputs, "8_end_to_end.json": end_to_end_inputs}
 
 
-def outputs(name, reference, case, eps):
-    """What `reference`, plain_reference or a module like it, makes of a case of a file in arithmetic with that eps."""
+def on_the_way(name, case, eps):
+    if name == "1_recording.json":
+        return {"on_the_way": {"probabilities": Plain(eps=eps).softmax(np.array(case["logits"]))}}
+    if name == "5_rotation.json":
+        names = ("angle", "clipped", "antiparallel")
+        results = plain_reference.clip_angle(case["grad"], case["momentum"], case["max_angle"], eps)[1:]
+        return {"on_the_way": dict(zip(names, results))}
+    return {}
+
+
+def expected(name, case, eps):
+    """What to expect of a port. null is "not a number"; of the gradients of a linear form two reductions are enough."""
     try:
-        return FILES[name][1](reference, case, eps)
+        got = calls.outputs(name, Plain(eps=eps), case, "float64")
     except ValueError as error:
-        return {"expected": {"error": str(error).split()[0]}}  # the argument at fault
+        return {"error": str(error).split()[0]}  # the argument at fault
+    if name == "1_recording.json":
+        del got["log_probs"]  # they wait for file 9
+    return {key: None if isinstance(x, float) and math.isnan(x) else x for key, x in got.items()
+            if not key.startswith("d_sum")}
 
 
 def make(name):
-    eps = lambda case: EPS[case.get("dtype") or "float64"]
-    return [{**case, **outputs(name, plain_reference, case, eps(case))} for case in FILES[name][0]()]
+    cases = []
+    for case in INPUTS[name]():
+        eps = EPS[case.get("dtype") or "float64"]
+        wanted = expected(name, case, eps)
+        cases.append({**case, **({} if "error" in wanted else on_the_way(name, case, eps)), "expected": wanted})
+    return cases
 
 
 if __name__ == "__main__":
-    for name in FILES:
+    for name in INPUTS:
         lines = ",\n".join(json.dumps(case, allow_nan=False) for case in make(name))
         (FOLDER / name).write_text(f"[\n{lines}\n]\n")
