@@ -2,8 +2,9 @@
 
 The two stages of *Logits Replay + MoClip* (Qiu, Li, Zhou, Huang, Qiu, Sun; arXiv:2510.09152): "In Stage 0, we record
 dynamic Top-K token subsets that cover a probability threshold, always including the gold label. In Stage 1, we replay
-these compact subsets to compute exact renormalized losses, avoiding full softmax". And a `Tail`, this project's own,
-which keeps one Stage 0 good. What is guaranteed is proved in THEORY.md (R1 to R12); choices of ours are in README.md.
+these compact subsets to compute exact renormalized losses, avoiding full softmax". Two additions are this project's:
+the tail keeps the loss honest about what the subsets leave out, and the anchor keeps the model from forgetting. What is
+guaranteed is proved in THEORY.md (R1 to R14), at whose end stand all decisions that are ours.
 
     symbol   code           meaning
     N                       token positions: a batch of sequences, flattened row-major
@@ -15,8 +16,9 @@ which keeps one Stage 0 good. What is guaranteed is proved in THEORY.md (R1 to R
     K_t                     smallest K whose K most probable tokens have total probability >= tau
     S_t      token_ids      row t of the record: the top-K_t tokens, plus y_t
     rho_t    outside_mass   probability outside S_t
-    nnz                     sum over t of |S_t|
-    R, w     tail           tokens that every position scores beside its S_t, and their weights;  M = |R|
+    nnz                     sum over t of |S_t|: all recorded tokens, row after row
+    R, w     tail           tokens that every position scores beside its S_t, and their weights; |R| of them
+    q                       probabilities renormalized to S_t; q0: the recording model's, q1: the current one's
 
 One row, tau = 0.8, the gold token marked by a star:
 
@@ -33,19 +35,21 @@ The definition in four lines, and what `record_topk` and `replay_cross_entropy` 
 >>> K = 1 + int((p[order].cumsum(0, dtype=torch.float64) < tau).sum())
 >>> S = sorted({*order[:K].tolist(), y}); loss = z[S].logsumexp(0) - z[y]
 >>> record = record_topk(z, torch.tensor(y), tau)                        # Stage 0
->>> S, record.token_ids.tolist()
-([0, 2, 9], [0, 2, 9])
->>> torch.allclose(loss, replay_cross_entropy(z, torch.tensor(y), record))     # Stage 1
-True
+>>> S, record.token_ids.tolist(), torch.allclose(loss, replay_cross_entropy(z, torch.tensor(y), record))     # Stage 1
+([0, 2, 9], [0, 2, 9], True)
 
+Bad input is a ValueError that names the argument, the row and the rule. Losses are in nats, in float32 at least.
 Not here: several processes (each records its shard, then `ReplayRecord.concat`), compression, cached hidden states.
 """
 
+from __future__ import annotations
+
 import math
 import os
+import secrets
 import warnings
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -53,30 +57,279 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# ------------------------------------------------------------------------------------------------ what Stage 0 records
+# ------------------------------------------------------------------------------------------------------------- Stage 0
+
+@torch.no_grad()
+def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ignore_index=-100,
+                keep_log_probs=False) -> ReplayRecord:
+    """Stage 0: the smallest set of most probable tokens that covers tau, and the gold token, for every position.
+
+        K_t = min {K : p_(1) + ... + p_(K) >= tau},   S_t = {the K_t most probable tokens} + {y_t},
+        rho_t = sum of p_j over j not in S_t
+
+    p_(k) is the k-th in rank: by probability, descending, equal ones by id, ascending: S_t is unique. p is the float32
+    softmax (float64 for float64 logits), the running sum float64. tau = 1 takes every token that is needed for the
+    rounded sum to reach 1, all V if it never does.
+
+    logits: (..., V), finite, of any float dtype.   target: (...), integers in [0, V) or ignore_index, an empty row.
+    max_size: an explicit cap on |S_t|, gold included.   keep_log_probs: keep log p of S_t, too; the anchor needs it.
+    Source: arXiv:2510.09152, abstract (Stage 0). Ties, arithmetic and max_size are this project's decisions.
+    """
+    _require(0 < tau <= 1, f"tau must lie in (0, 1], got {tau}")
+    _require(max_size is None or max_size >= 1, f"max_size must be at least 1, got {max_size}")
+    if logits.device.type == "mps":  # it has no float64 for the running sum
+        return record_topk(logits.cpu(), target.cpu(), tau, max_size=max_size, ignore_index=ignore_index,
+                           keep_log_probs=keep_log_probs).to(logits.device)
+    flat = _flat_logits(logits, target)
+    (N, V), device, gold = flat.shape, flat.device, _flat_target(target, flat.shape[1], ignore_index)
+    sizes, rho = torch.zeros_like(gold), torch.zeros(N, device=device, dtype=torch.float32)
+    limit, token_ids, log_probs = min(max_size or V, V), [], []
+    # a few rows at a time: on a CPU a million logits, which its cache holds, elsewhere 64 million, to keep it busy
+    for t in (gold != ignore_index).nonzero()[:, 0].split(2**(20 if device.type == "cpu" else 26) // V + 1):
+        z, y = flat[t], gold[t, None]
+        p = z.softmax(1, dtype=torch.promote_types(z.dtype, torch.float32))
+        # K_t and the edge p_(K_t), by rank: of the 64 most probable, which is fast, and of all where those do not do
+        K, edge = _rank(p.topk(min(64, V)).values, tau, limit)
+        wide = K > 64
+        if wide.any():
+            K[wide], edge[wide] = _rank(_descending(p[wide]), tau, limit)
+        # the (row, token) pairs, in order, of gold and of what is at the edge or above it. At the edge S_t has room for
+        # K - |above| tokens, those of the lowest ids; `place` counts them, from 1 in every row
+        row, token = (p >= edge[:, None]).scatter_(1, y, True).nonzero(as_tuple=True)
+        above, level, is_gold = p[row, token] > edge[row], p[row, token] == edge[row], token == y[row, 0]
+        count = lambda pairs: row[pairs].bincount(minlength=len(t))
+        room, place = K - count(above), level.cumsum(0) - (count(level).cumsum(0) - count(level))[row]
+        # gold is always in; where the cap leaves no room it displaces the last in rank
+        has_gold = count(is_gold & (above | level & (place <= room[row]))) > 0
+        room = room - (~has_gold & (K == limit)).long()
+        inside = above | level & (place <= room[row]) | is_gold
+        sizes[t], row, token = count(inside), row[inside], token[inside]
+        token_ids.append(token.int())
+        if keep_log_probs:
+            log_probs.append(z.log_softmax(1, dtype=p.dtype)[row, token].float())
+        # rho_t = sum of p_j over j not in S_t: 1 minus the sum inside would lose the digits of a small rho
+        p[row, token] = 0
+        rho[t] = p.sum(1).float().clamp(max=1)
+    return ReplayRecord(torch.cat(token_ids), pad(sizes.cumsum(0), (1, 0)), rho, V, float(tau),
+                        torch.cat(log_probs) if keep_log_probs else None)
+
+
+def _rank(top: Tensor, tau: float, limit: int):
+    """(K, p_(K)), (n,) each, from the first k in rank, p_(1) >= p_(2) >= ... (n, k); K = k + 1: they do not decide."""
+    # K_t = min {K : p_(1) + ... + p_(K) >= tau}; a CPU adds in this order, CUDA by a scan
+    K = (1 + (top.cumsum(1, dtype=torch.float64) < tau).sum(1)).clamp(max=limit)
+    return K, top.gather(1, (K - 1).clamp(max=top.shape[1] - 1)[:, None])[:, 0]
+
+
+def _descending(p: Tensor) -> Tensor:  # on a CPU numpy sorts in a tenth of torch's time, which carries indices along
+    return torch.from_numpy(np.sort(p.numpy(), 1)).flip(1) if p.device.type == "cpu" else p.sort(1, descending=True)[0]
+
+
+# ------------------------------------------------------------------------------- Stage 1: one softmax over ragged rows
+
+def _log_softmax(z: Tensor, record: ReplayRecord, tail=None, z_tail=None) -> Tensor:
+    """log q of every recorded token, (nnz,), from their logits z, (nnz,), and the tail's, z_tail (N, |R|), if any.
+
+        log q_j = z_j - log( sum over i in S_t of exp z_i + sum over i in R, not in S_t, of w_i exp z_i ),   j in S_t
+
+    The numeric core of all losses. Overwrites z_tail: it is large, and autograd needs only what exp returns.
+    """
+    rows, zeros = record.rows, z.new_zeros(len(record))
+    largest = zeros.scatter_reduce(0, rows, z.detach(), "amax", include_self=False)
+    if with_tail := z_tail is not None and z_tail.numel():
+        # w_i exp z_i = exp(z_i + log w_i); a token of both R and S_t counts once, in S_t
+        z_tail = z_tail.add_(tail.log_weight).masked_fill_(_in_subset(tail.token_ids, record, rows), -math.inf)
+        largest = largest.maximum(z_tail.detach().amax(1))
+    # the largest is subtracted first, which changes nothing but keeps exp from overflowing
+    z = z - largest[rows]
+    empty = record.subset_sizes == 0  # nobody asks for the sum of a row without tokens, but log 0 has no derivative
+    total = empty.to(z.dtype).index_add(0, rows, z.exp())
+    if with_tail:
+        total = total + z_tail.sub_(largest[:, None]).exp_().sum(1)
+    return z - total.log()[rows]
+
+
+def replay_cross_entropy(logits: Tensor, target: Tensor, record: ReplayRecord, *, tail=None,
+                         ignore_index=-100, reduction="mean") -> Tensor:
+    """Stage 1: cross-entropy under the softmax renormalized to the recorded subset, from logits that are there anyway.
+
+        L_t = log( sum over j in S_t of exp z_j ) - z_y                                      the paper's: tail=None
+        L_t = log( sum over j in S_t of exp z_j + sum over j in R, not in S_t, of w_j exp z_j ) - z_y
+
+    Mirrors `F.cross_entropy`: logits (..., V), target (...), "mean" divides by the number of targets that are not
+    ignored. Without tail it never exceeds `F.cross_entropy` (THEORY.md R2), and its gradient is exactly zero outside
+    S_t (R3): nothing holds the outside mass down (R7). With a `Tail` something does (R9).
+    Source: arXiv:2510.09152, abstract (Stage 1, "exact renormalized losses").
+
+    >>> logits, target = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
+    >>> record = record_topk(logits, target, tau=0.9)                    # keeps tokens 0 and 1
+    >>> replay_cross_entropy(logits, target, record)                     # log(1 + exp(-1))
+    tensor(0.3133)
+    >>> replay_cross_entropy(logits, target, record, tail=Tail(torch.tensor([2]), torch.tensor([0.0])))  # + exp(-2)
+    tensor(0.4076)
+    """
+    flat = _flat_logits(logits, target, record)
+    y, dtype = _flat_target(target, flat.shape[1], ignore_index, tail), torch.promote_types(flat.dtype, torch.float32)
+    z_tail = None if tail is None else flat[:, tail.token_ids].to(dtype)
+    return _cross_entropy(flat[record.rows, record.token_ids].to(dtype), z_tail, y, record, tail, ignore_index,
+                          target.shape, reduction)
+
+
+def linear_replay_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, record: ReplayRecord, *,
+                                linear_bias=None, tail=None, ignore_index=-100, reduction="mean") -> Tensor:
+    """Stage 1, fast: `replay_cross_entropy` of logits = input @ linear_weight.T + linear_bias, never formed.
+
+        z_tj = <input_t, weight_j> + bias_j,   for j in S_t, and for j in R where there is a tail
+
+    Mirrors `F.linear_cross_entropy`: input (..., d), linear_weight (V, d), target (...), linear_bias (V,) or None.
+    O(nnz d) operations instead of O(N V d) (THEORY.md R8), and O(N |R| d) for a tail: one dense product for all rows.
+    float16 and bfloat16 are accumulated, and their loss returned, in float32, under autocast too.
+    Source: arXiv:2510.09152, abstract ("avoiding full softmax computation").
+
+    >>> h, W, y = torch.randn(5, 8), torch.randn(100, 8), torch.arange(5)
+    >>> record = record_topk(h @ W.T, y, tau=0.9)
+    >>> torch.allclose(linear_replay_cross_entropy(h, W, y, record), replay_cross_entropy(h @ W.T, y, record))
+    True
+    """
+    _check_fit("input", "input @ linear_weight.T", input, len(linear_weight), target, record)
+    y = _flat_target(target, record.vocab_size, ignore_index, tail)
+    z, z_tail = _linear_logits(input, linear_weight, linear_bias, record, tail, y == ignore_index)
+    return _cross_entropy(z, z_tail, y, record, tail, ignore_index, target.shape, reduction)
+
+
+def _cross_entropy(z, z_tail, y: Tensor, record: ReplayRecord, tail, ignore_index, shape, reduction) -> Tensor:
+    rows, counted, zeros = record.rows, y != ignore_index, z.new_zeros(len(record))
+    is_gold = (record.token_ids == y[rows]) & counted[rows]
+    has_gold = zeros.index_add(0, rows, is_gold.to(z.dtype)) > 0
+    _require_rows((has_gold | ~counted, "target must be in its recorded row: is this the record of this batch?"))
+    # L_t = -log q_y, gold's entry of the log-softmax with a minus sign; 0 for an ignored target
+    log_q = _log_softmax(z, record, tail, z_tail)
+    return _reduce(zeros.index_add(0, rows, log_q.where(is_gold, 0), alpha=-1), counted, shape, reduction)
+
+
+# -------------------------------------------------------------------------- the tail: a sample of what S_t leaves out
+
+class Tail(NamedTuple):
+    """Tokens R that every position scores beside its recorded ones, each with weight w = 1 / inclusion probability."""
+
+    token_ids: Tensor   # (|R|,) int64: ascending, no duplicates, in [0, V)
+    log_weight: Tensor  # (|R|,) floating point: log w
+
+
+@torch.inference_mode(False)  # also inside it: autograd saves these tensors, and refuses those made under it
+def sample_tail(target: Tensor, vocab_size: int, size: int, *, ignore_index=-100, generator=None) -> Tail:
+    """A random tail for one batch: its distinct gold tokens, surely, and `size` of the M0 others, uniformly.
+
+        w_j = 1 for a gold token,   w_j = M0 / size for each of the `size` drawn,   M0 = V - number of distinct golds
+
+    With size >= 1, P(j in R) w_j = 1: the sum of w_j exp z_j over R without S_t is an unbiased estimate of the sum of
+    exp z_j over all that S_t leaves out (Horvitz and Thompson 1952; THEORY.md R9). The golds are always in R: training
+    raises them at every position (shared parameters), and no heavy token may be left to chance. Draw one every step.
+
+    target: (...), as for the loss.   size: >= 0; M0 or more takes all of them with weight 1 (the loss is then
+    `F.cross_entropy`), 0 the golds only.   generator: a torch.Generator, on any device.
+    Source: this project, in the spirit of sampled softmax (Bengio and Senecal 2003; Jean et al. 2015) and of
+    importance-sampled logits (arXiv:2503.16870).
+
+    >>> tail = sample_tail(torch.tensor([5, 2, 5, -100]), vocab_size=10, size=4)
+    >>> len(tail.token_ids), tail.log_weight.exp().sum().round()          # 2 of weight 1 and 4 of weight 8 / 4
+    (6, tensor(10.))
+    """
+    _require(size >= 0, f"size must be at least 0, got {size}")
+    _require(0 < vocab_size < 2**31, f"vocab_size must lie in [1, 2**31), got {vocab_size}")
+    target = _flat_target(target, vocab_size, ignore_index)
+    is_gold = torch.zeros(vocab_size, dtype=torch.bool, device=target.device)
+    is_gold[target[target != ignore_index]] = True
+    others, device = (~is_gold).nonzero()[:, 0], target.device if generator is None else generator.device
+    drawn = others[torch.randperm(len(others), generator=generator, device=device)[:size].to(target.device)]
+    token_ids = torch.cat([is_gold.nonzero()[:, 0], drawn]).sort().values
+    log_weight = math.log(len(others) / len(drawn)) if len(drawn) else 0.0
+    return Tail(token_ids, torch.full_like(token_ids, log_weight, dtype=torch.float32).where(~is_gold[token_ids], 0))
+
+
+# ------------------------------------------------------------- the anchor: stay where the base was, on a little text
+
+def replay_kl_div(logits: Tensor, record: ReplayRecord, *, reduction="mean") -> Tensor:
+    """The anchor: KL from the recording model to this one, on the recorded tokens of text that is to be kept.
+
+        A_t = sum over j in S_t of q0_j (log q0_j - log q1_j),   q0, q1: p then and now, both renormalized to S_t
+
+    Record text that the base wrote itself, or text that is at hand, with `keep_log_probs`, and add this to the domain's
+    loss. Its gradient by the logits is q1 - q0 on S_t, 0 outside. (1 - rho_t) A_t is a part of the full KL, so a lower
+    bound (THEORY.md R13), on the base's own text that of whole sequences (R14). It does not see what moves in or out of
+    S_t as a whole, nothing at all in a row of one token: where the base is sure ask for a large tau under a cap
+    (tau=.98, max_size=32), not for a small tau.
+
+    logits: (..., V), finite, of the N positions of `record`; "mean" is over those whose row is not empty.
+    Source: this project. The paper's summary mentions a "domain self-constraint" without saying what it is. KL to the
+    live base: arXiv:2412.15270; self-generated text: arXiv:2605.26097.
+
+    >>> record = record_topk(torch.tensor([[2.0, 1.0, 0.0, -9.0]]), torch.tensor([0]), 0.9, keep_log_probs=True)
+    >>> q0, q1 = torch.tensor([2.0, 1.0]).softmax(0), torch.tensor([0.5, 0.5])      # the record keeps tokens 0 and 1
+    >>> (q0 * (q0 / q1).log()).sum(), replay_kl_div(torch.zeros(1, 4), record)
+    (tensor(0.1109), tensor(0.1109))
+    """
+    z = _flat_logits(logits, record=record)[record.rows, record.token_ids]
+    return _kl_div(z.to(torch.promote_types(z.dtype, torch.float32)), record, logits.shape[:-1], reduction)
+
+
+def linear_replay_kl_div(input: Tensor, linear_weight: Tensor, record: ReplayRecord, *, linear_bias=None,
+                         reduction="mean") -> Tensor:
+    """The anchor, fast: `replay_kl_div` of logits = input @ linear_weight.T + linear_bias, never formed.
+
+    input (..., d), linear_weight (V, d), linear_bias (V,) or None; all else as in `linear_replay_cross_entropy`.
+    """
+    _check_fit("input", "input @ linear_weight.T", input, len(linear_weight), None, record)
+    z, _ = _linear_logits(input, linear_weight, linear_bias, record)
+    return _kl_div(z, record, input.shape[:-1], reduction)
+
+
+def _kl_div(z: Tensor, record: ReplayRecord, shape, reduction: str) -> Tensor:
+    _require(record.log_probs is not None, "record must have log_probs: record it with keep_log_probs=True")
+    log_q0, log_q1 = _log_softmax(record.log_probs.to(z.dtype), record), _log_softmax(z, record)
+    # A_t = sum over j in S_t of q0_j (log q0_j - log q1_j)
+    A = z.new_zeros(len(record)).index_add(0, record.rows, log_q0.exp() * (log_q0 - log_q1))
+    return _reduce(A, record.subset_sizes > 0, shape, reduction)
+
+
+def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:
+    """The probability outside each recorded subset, under these logits (its field `outside_mass`: at recording time).
+
+        rho_t = sum of softmax(z_t)_j over j not in S_t
+
+    logits: (..., V), finite. Returns (N,), float64 for float64 logits, else float32; 0 for an empty (ignored) row.
+    Differentiable. L_full - L_S = -log(1 - rho_t), and the gradient of L_S does not hold it down (R2, R7): watch it.
+
+    >>> record = record_topk(torch.zeros(1, 4), torch.tensor([0]), tau=0.5)
+    >>> outside_mass(torch.tensor([[0.0, 0.0, 0.0, 100.0]]), record)     # the model moved: all mass is outside now
+    tensor([1.])
+    """
+    p = _flat_logits(logits, record=record).softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    p = p.index_put((record.rows, record.token_ids), p.new_zeros(()))
+    return p.sum(1).clamp(max=1) * (record.subset_sizes > 0)
+
+
+# ---------------------------------------------- a learner may stop here: below are the record, a fast path and checks
+
+DTYPES = {"token_ids": torch.int32, "offsets": torch.int64, "outside_mass": torch.float32, "log_probs": torch.float32}
+
 
 @dataclass(frozen=True, eq=False)
 class ReplayRecord:
-    """The recorded subsets of N positions, as ragged rows in compressed (CSR-style) form.
+    """The recorded subsets of N positions, as ragged rows in compressed (CSR-style) form, all on one device."""
 
-    token_ids     (nnz,)  int32    row t is token_ids[offsets[t]:offsets[t + 1]]: ascending, no duplicates, in [0, V)
-    offsets       (N+1,)  int64    0 first, nnz last, never decreasing
-    outside_mass  (N,)    float32  rho_t under the recording model, 0 for an ignored row (which is empty)
-    vocab_size    int              V
-    tau           float            the coverage asked for
-
-    All tensors on one device. Raises ValueError if a field breaks its line above, however the record was made.
-    """
-
-    token_ids: Tensor
-    offsets: Tensor
-    outside_mass: Tensor
-    vocab_size: int
-    tau: float
+    token_ids: Tensor                # (nnz,) int32: row t is token_ids[offsets[t]:offsets[t + 1]], ascending, in [0, V)
+    offsets: Tensor                  # (N+1,) int64: 0 first, nnz last, never decreasing
+    outside_mass: Tensor             # (N,) float32: rho_t under the recording model; 0 for an ignored, so empty row
+    vocab_size: int                  # V
+    tau: float                       # the coverage asked for
+    log_probs: Tensor | None = None  # (nnz,) float32: log p of each recorded token then, nats; None if not kept
 
     def __post_init__(self):
         _check_record(self)
-        _leave_inference_mode(self)
+        with torch.inference_mode(False):  # autograd saves these tensors, and refuses those made under inference mode
+            for name, x in self._tensors().items():
+                object.__setattr__(self, name, x.clone() if x.is_inference() else x)
 
     def __len__(self) -> int:
         return len(self.outside_mass)
@@ -92,363 +345,119 @@ class ReplayRecord:
         t = torch.arange(len(self), device=self.offsets.device)
         return t.repeat_interleave(self.subset_sizes, output_size=len(self.token_ids))  # else it waits for the device
 
-    def select(self, positions) -> "ReplayRecord":
-        """The rows at `positions` (integers in [0, N), of any shape), in the order asked for, repeats allowed."""
-        positions = _check_positions(positions, self)
-        sizes = self.subset_sizes[positions]
-        offsets = _offsets(sizes)
-        moved = (self.offsets[positions] - offsets[:-1]).repeat_interleave(sizes)  # from a token's new place to its old
-        token_ids = self.token_ids[torch.arange(len(moved), device=moved.device) + moved]
-        return ReplayRecord(token_ids, offsets, self.outside_mass[positions], self.vocab_size, self.tau)
+    def _tensors(self) -> dict:
+        return {name: getattr(self, name) for name in DTYPES if getattr(self, name) is not None}
 
-    def to(self, device) -> "ReplayRecord":
-        return ReplayRecord(self.token_ids.to(device), self.offsets.to(device), self.outside_mass.to(device),
-                            self.vocab_size, self.tau)
+    def select(self, positions) -> ReplayRecord:
+        """The rows at `positions` (integers in [0, N), of any shape), in the order asked for, repeats allowed."""
+        t = torch.as_tensor(positions, device=self.offsets.device).flatten()
+        _require(not len(t) or not (t.is_floating_point() or t.dtype == torch.bool), "positions must be integers")
+        t = t.long()
+        _require_rows(((t >= 0) & (t < len(self)), f"positions must lie in [0, {len(self)})"))
+        sizes = self.subset_sizes[t]
+        offsets = pad(sizes.cumsum(0), (1, 0))
+        moved = (self.offsets[t] - offsets[:-1]).repeat_interleave(sizes)  # from a token's new place to its old
+        old = torch.arange(len(moved), device=moved.device) + moved
+        return replace(self, token_ids=self.token_ids[old], offsets=offsets, outside_mass=self.outside_mass[t],
+                       log_probs=None if self.log_probs is None else self.log_probs[old])
+
+    def to(self, device) -> ReplayRecord:
+        return replace(self, **{name: x.to(device) for name, x in self._tensors().items()})
 
     @staticmethod
-    def concat(records) -> "ReplayRecord":
-        """The rows of all records, in order; ValueError for no records and for unequal vocab_size or tau."""
-        return _concat(list(records))
+    def concat(records) -> ReplayRecord:
+        """The rows of all records, in order; vocab_size, tau and whether there are log_probs must be the same."""
+        records = list(records)
+        _require(records, "records must hold at least one record")
+        kinds = [f"vocab_size {r.vocab_size}, tau {r.tau}, log_probs {r.log_probs is not None}" for r in records]
+        for i, kind in enumerate(kinds):
+            _require(kind == kinds[0], f"records[{i}] has {kind}, but records[0] {kinds[0]}")
+        joined = {name: torch.cat([getattr(r, name) for r in records]) for name in records[0]._tensors()}
+        joined["offsets"] = pad(torch.cat([r.subset_sizes for r in records]).cumsum(0), (1, 0))
+        return replace(records[0], **joined)
 
     def save(self, path) -> None:
         """Write an uncompressed .npz (an array a field, no pickle); a crash leaves the old file or the new one."""
-        _save(self, path)
+        arrays = {name: x.numpy(force=True) for name, x in self._tensors().items()}
+        write_atomically(path, lambda file: np.savez(file, vocab_size=self.vocab_size, tau=self.tau, **arrays))
 
     @staticmethod
-    def load(path) -> "ReplayRecord":
+    def load(path) -> ReplayRecord:
         """Read what `save` wrote, on the CPU, executing nothing from it; ValueError if its CRCs or invariants fail."""
-        return _load(path)
+        with open(path, "rb") as file:
+            try:
+                archive, arrays = zipfile.ZipFile(file), {}
+                for field in fields(ReplayRecord):
+                    if field.name != "log_probs" or "log_probs.npy" in archive.namelist():
+                        # zipfile compares the CRC at a member's end; a damaged header that stops earlier breaks a rule
+                        with archive.open(field.name + ".npy") as member:
+                            x = np.lib.format.read_array(member, allow_pickle=False)
+                        arrays[field.name] = torch.from_numpy(x) if field.name in DTYPES else x.item()
+                return ReplayRecord(**arrays)
+            except Exception as error:  # zipfile and numpy raise a dozen types on damaged input
+                raise ValueError(f"{path} is not a complete, undamaged record: {error}") from error
 
 
-# ------------------------------------------------------------------------------------------------------------- Stage 0
-
-@torch.no_grad()
-def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ignore_index=-100) -> ReplayRecord:
-    """Stage 0: the smallest set of most probable tokens that covers tau, and the gold token, for every position.
-
-        K_t = min {K : p_(1) + ... + p_(K) >= tau},   S_t = {the K_t most probable tokens} + {y_t},
-        rho_t = sum of p_j over j not in S_t
-
-    p_(k) is the k-th in rank: by probability, descending, equal ones by id, ascending: S_t is unique. p is the float32
-    softmax (float64 for float64 logits), the running sum float64. tau = 1 takes every token that is needed for the
-    rounded sum to reach 1, all V if it never does.
-
-    logits: (..., V), finite; float16, bfloat16, float32, float64.   target: (...), integers in [0, V) or ignore_index.
-    tau: in (0, 1].   max_size: if given, an explicit cap >= 1 on |S_t|, gold included, whatever tau asks for.
-    Returns the record of the N = prod(...) positions. Raises ValueError naming the argument, the row and the rule.
-    Source: arXiv:2510.09152, abstract (Stage 0). Ties, arithmetic and max_size are this project's decisions.
-    """
-    logits, target = _check_stage0(logits, target, tau, max_size, ignore_index)
-    (N, V), device = logits.shape, logits.device
-    if device.type == "mps":  # it has no float64 for the running sum
-        return record_topk(logits.cpu(), target.cpu(), tau, max_size=max_size, ignore_index=ignore_index).to(device)
-    token_ids, sizes = [], torch.zeros(N, dtype=torch.int64, device=device)
-    rho = torch.zeros(N, dtype=torch.float32, device=device)
-    # a few rows at a time: on a CPU a million logits, which its cache holds, elsewhere enough to keep it busy
-    n = 2**(20 if device.type == "cpu" else 26) // V + 1
-    for t, z, y in zip(torch.arange(N, device=device).split(n), logits.split(n), target.split(n)):
-        scored = y != ignore_index
-        if not scored.all():
-            t, z, y = t[scored], z[scored], y[scored]
-        p = z.softmax(1, dtype=_wide_dtype(logits))
-        # S_t of these rows, as (row, token) pairs in order: sort p, keep the first K whose sum is >= tau, add gold;
-        # the four lines at the top, made fast in _cover, below
-        row, token, rho[t] = _cover(p, y[:, None], tau, max_size)
-        token_ids.append(token.int())
-        sizes[t] = row.bincount(minlength=len(t))
-    return ReplayRecord(torch.cat(token_ids), _offsets(sizes), rho, V, float(tau))
+def write_atomically(path, write) -> None:
+    """`write(file)` beside `path`, then rename: a crash leaves the old file or the new, two writers one of theirs."""
+    temporary = f"{os.fsdecode(path)}.{secrets.token_hex(8)}"  # which no thread, process or container shares
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
 
 
-# ------------------------------------------------------------------------------------------------------------- Stage 1
-
-def replay_cross_entropy(logits: Tensor, target: Tensor, record: ReplayRecord, *, tail=None,
-                         ignore_index=-100, reduction="mean") -> Tensor:
-    """Stage 1: cross-entropy under the softmax renormalized to the recorded subset, from logits that are there anyway.
-
-        L_t = log( sum over j in S_t of exp z_j ) - z_y                                      the paper's: tail=None
-        L_t = log( sum over j in S_t of exp z_j + sum over j in R, not in S_t, of w_j exp z_j ) - z_y
-
-    Mirrors `F.cross_entropy`: logits (..., V), target (...), "mean" divides by the number of targets that are not
-    ignored; the result is float32 (float64 for float64 logits), in nats, shaped like target for "none". Without tail it
-    never exceeds `F.cross_entropy` (THEORY.md R2), and its gradient is exactly zero outside S_t (R3): nothing holds the
-    outside mass down (R7). With a `Tail`, see `sample_tail`, something does (R9).
-    Raises ValueError for non-finite logits, a target outside [0, V) or not in its recorded row, N or V that disagree,
-    a tail whose ids leave [0, V) or do not ascend, whose weights are not finite, or that is on another device.
-    Source: arXiv:2510.09152, abstract (Stage 1, "exact renormalized losses").
-
-    >>> logits, target = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
-    >>> record = record_topk(logits, target, tau=0.9)                    # keeps tokens 0 and 1
-    >>> replay_cross_entropy(logits, target, record)                     # log(1 + exp(-1))
-    tensor(0.3133)
-    >>> replay_cross_entropy(logits, target, record, tail=Tail(torch.tensor([2]), torch.tensor([0.0])))  # + exp(-2)
-    tensor(0.4076)
-    """
-    _check_shapes("logits", logits.shape[:-1], target)
-    flat = _flat_logits(logits)
-    _check_fit("logits", *flat.shape, record)
-    y, dtype = _flat_target(target, record.vocab_size, ignore_index, tail), _wide_dtype(flat)
-    z = flat[record.rows, record.token_ids].to(dtype)
-    z_tail = None if tail is None else flat[:, tail.token_ids].to(dtype)
-    return _reduce(_nll(z, z_tail, y, record, tail, ignore_index), y != ignore_index, target.shape, reduction)
-
-
-def linear_replay_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, record: ReplayRecord, *,
-                                linear_bias=None, tail=None, ignore_index=-100, reduction="mean") -> Tensor:
-    """Stage 1, fast: `replay_cross_entropy` of logits = input @ linear_weight.T + linear_bias, never formed.
-
-        z_tj = <input_t, weight_j> + bias_j,   for j in S_t, and for j in R where there is a tail
-
-    Mirrors `F.linear_cross_entropy`: input (..., d), linear_weight (V, d), target (...), linear_bias (V,) or None.
-    O(nnz d) operations instead of O(N V d) (THEORY.md R8), and O(N M d) for a tail: one dense product for all rows.
-    float16 and bfloat16 are accumulated, and their loss returned, in float32, under autocast too. Uses
-    `torch.sparse.sampled_addmm` on CPU and CUDA, which have it, and gathers rows elsewhere.
-    Raises ValueError as `replay_cross_entropy` does, for those non-finite logits that it computes.
-    Source: arXiv:2510.09152, abstract ("avoiding full softmax computation").
-
-    >>> h, W, y = torch.randn(5, 8), torch.randn(100, 8), torch.arange(5)
-    >>> record = record_topk(h @ W.T, y, tau=0.9)
-    >>> loss = linear_replay_cross_entropy(h, W, y, record)
-    >>> torch.allclose(loss, replay_cross_entropy(h @ W.T, y, record))
-    True
-    """
-    _check_linear(input, linear_weight, linear_bias, target)
-    dtype, rows, ids = _wide_dtype(input, linear_weight), record.rows, record.token_ids
-    h, W = input.reshape(-1, input.shape[-1]).to(dtype), linear_weight.to(dtype)
-    _check_fit("input @ linear_weight.T", len(h), len(W), record)
-    y = _flat_target(target, record.vocab_size, ignore_index, tail)
-    if tail is not None:  # an ignored row may hold anything, even nan: the product of all rows must not spread it
-        h = h.masked_fill((y == ignore_index)[:, None], 0)
-    # z (nnz,) = (h[rows] * W[ids]).sum(1),   z_tail (N, M) = h @ W[R].T or None
-    logits_of = _SampledLogits.apply if h.device.type in SAMPLED_ON else _gathered_logits
-    z, z_tail = logits_of(h, W, rows, record.offsets.int(), ids, None if tail is None else tail.token_ids)
-    if linear_bias is not None:
-        z = z + linear_bias[ids]
-        z_tail = None if tail is None else z_tail + linear_bias[tail.token_ids]
-    _check_finite(z, z_tail, rows)
-    return _reduce(_nll(z, z_tail, y, record, tail, ignore_index), y != ignore_index, target.shape, reduction)
-
-
-def _nll(z: Tensor, z_tail, y: Tensor, record: ReplayRecord, tail, ignore_index: int) -> Tensor:
-    """L_t (N,) from z (nnz,), the logits of the recorded tokens, and z_tail (N, M), the tail's. Consumes z_tail."""
-    rows, zeros = record.rows, z.new_zeros(len(record))
-    counted, is_gold = y != ignore_index, record.token_ids == y[rows]
-    has_gold = zeros.index_add(0, rows, is_gold.to(z.dtype)) > 0
-    _require((has_gold | ~counted, "target must be in its recorded row: is this the record of this batch?"))
-    z_gold = zeros.index_add(0, rows, z.where(is_gold, 0))
-    z_max = zeros.scatter_reduce(0, rows, z.detach(), "amax", include_self=False)
-    with_tail = z_tail is not None and z_tail.numel()
-    if with_tail:
-        # w_j exp z_j = exp(z_j + log w_j); a token of both R and S_t counts once, in S_t.
-        # In place: (N, M) is large, and autograd needs only what exp returns
-        z_tail = z_tail.add_(tail.log_weight).masked_fill_(_in_subset(tail.token_ids, record, rows), -math.inf)
-        z_max = z_max.maximum(z_tail.detach().amax(1))
-    # L_t = (max - z_y) + log(sum of exp(z_j - max)); the maximum, a constant, keeps exp from overflowing
-    total = zeros.index_add(0, rows, (z - z_max[rows]).exp())
-    if with_tail:
-        total = total + z_tail.sub_(z_max[:, None]).exp_().sum(1)
-    return torch.where(counted, (z_max - z_gold) + total.where(counted, 1).log(), 0)
-
-
-# -------------------------------------------------------------------------- the tail: a sample of what S_t leaves out
-
-class Tail(NamedTuple):
-    """Tokens R that every position scores beside its recorded ones, each with weight w = 1 / inclusion probability.
-
-    token_ids   (M,) int64          ascending, no duplicates, in [0, V)
-    log_weight  (M,) floating point; log w_j
-    """
-
-    token_ids: Tensor
-    log_weight: Tensor
-
-
-@torch.inference_mode(False)  # also inside it: autograd saves these tensors, and refuses those made under it
-def sample_tail(target: Tensor, vocab_size: int, size: int, *, ignore_index=-100, generator=None) -> Tail:
-    """A random tail for one batch: its distinct gold tokens, surely, and `size` of the M0 others, uniformly.
-
-        w_j = 1 for a gold token,   w_j = M0 / size for each of the `size` drawn,   M0 = V - number of distinct golds
-
-    With size >= 1, P(j in R) w_j = 1: the sum of w_j exp z_j over R without S_t is an unbiased estimate of the sum of
-    exp z_j over all that S_t leaves out (Horvitz and Thompson 1952; THEORY.md R9). The golds are always in R: training
-    raises them at every position (shared parameters), and no heavy token may be left to chance. Draw one every step.
-
-    target: (...), integers in [0, V) or ignore_index.   vocab_size: V.   generator: a torch.Generator, on any device.
-    size: >= 0. M0 or more takes all of them with weight 1 (the loss is `F.cross_entropy`), 0 takes the golds only.
-    Returns a `Tail` on the device of the target. Raises ValueError for a bad target, vocab_size or size.
-    Source: this project, in the spirit of sampled softmax (Bengio and Senecal 2003; Jean et al. 2015) and of
-    importance-sampled logits (arXiv:2503.16870).
-
-    >>> tail = sample_tail(torch.tensor([5, 2, 5, -100]), vocab_size=10, size=4)
-    >>> len(tail.token_ids), tail.log_weight.exp().sum().round()          # 2 of weight 1 and 4 of weight 8 / 4
-    (6, tensor(10.))
-    """
-    if size < 0:
-        raise ValueError(f"size must be at least 0, got {size}")
-    _check_vocab_size(vocab_size)
-    target = _flat_target(target, vocab_size, ignore_index)
-    is_gold = torch.zeros(vocab_size, dtype=torch.bool, device=target.device)
-    is_gold[target[target != ignore_index]] = True
-    others, device = (~is_gold).nonzero()[:, 0], target.device if generator is None else generator.device
-    drawn = others[torch.randperm(len(others), generator=generator, device=device)[:size].to(target.device)]
-    token_ids = torch.cat([is_gold.nonzero()[:, 0], drawn]).sort().values
-    log_weight = math.log(len(others) / len(drawn)) if len(drawn) else 0.0
-    return Tail(token_ids, torch.full_like(token_ids, log_weight, dtype=torch.float32).where(~is_gold[token_ids], 0))
-
-
-def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:
-    """The probability outside each recorded subset, under these logits (its field `outside_mass`: at recording time).
-
-        rho_t = sum of softmax(z_t)_j over j not in S_t
-
-    logits: (..., V), finite. Returns (N,), float64 for float64 logits, else float32; 0 for an empty (ignored) row.
-    Differentiable. L_full - L_S = -log(1 - rho_t), and the gradient of L_S does not hold it down (R2, R7): watch it.
-    Raises ValueError if logits are not finite or disagree with the record on N or V.
-
-    >>> record = record_topk(torch.zeros(1, 4), torch.tensor([0]), tau=0.5)
-    >>> outside_mass(torch.tensor([[0.0, 0.0, 0.0, 100.0]]), record)     # the model moved: all mass is outside now
-    tensor([1.])
-    """
-    flat = _flat_logits(logits)
-    _check_fit("logits", *flat.shape, record)
-    p = flat.softmax(1, dtype=_wide_dtype(flat))
-    p = p.index_put((record.rows, record.token_ids), p.new_zeros(()))
-    return p.sum(1).clamp(max=1) * (record.subset_sizes > 0)
-
-
-# ------------------------------------------------- a learner may stop here: below are fast paths, checks and the file
-
-def _offsets(sizes: Tensor) -> Tensor:
-    """(n,) sizes of rows -> (n + 1,), where each starts and the last one ends."""
-    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-
-
-def _wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of softmax and loss: float64 if a tensor is, else float32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-
-
-def _reduce(nll: Tensor, counted: Tensor, shape, reduction: str) -> Tensor:
-    """The reduction of `F.cross_entropy` over L_t (N,): "mean" over those that are counted, (N,) bool."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    if reduction == "none":
-        return nll.reshape(shape)
-    return nll.sum() / counted.sum() if reduction == "mean" else nll.sum()
-
-
-# --------------------------------------------------------------------------------------------- fast paths: the subset
-
-def _cover(p: Tensor, y: Tensor, tau: float, max_size):
-    """S_t of the rows p (n, V) with gold y (n, 1), as (row, token) pairs in order, and rho_t (n,). Consumes p.
-
-    The 64 most probable tokens are tried first: they decide a confident row at a tenth of the price of a sort. The
-    other rows are covered by a histogram of their probabilities or, where that could err and where V is small, by rank
-    over the whole row.
-    """
-    V = p.shape[1]
-    limit = min(max_size or V, V)
-    # under a cap one more than it allows, so that a tie at the edge shows
-    row, token, rho, decided = _cover_by_rank(p, y, tau, min(V, 64 if max_size is None else limit + 1), limit)
-    if decided.all():
-        return row, token, rho
-    wide = (~decided).nonzero()[:, 0]
-    # the histogram reads the bits of a float32, and at small V its bins outweigh the row
-    clear = max_size is None and p.dtype == torch.float32 and V > 2048
-    if clear:
-        wide_row, wide_token, rho[wide], clear = _cover_by_histogram(p[wide], y[wide], tau)
-    if not clear:
-        wide_row, wide_token, rho[wide], _ = _cover_by_rank(p[wide], y[wide], tau, V, limit)
-    row, order = torch.cat([row, wide[wide_row]]).sort(stable=True)  # rows of both kinds: back in order
-    return row, torch.cat([token, wide_token])[order], rho
-
-
-def _cover_by_rank(p: Tensor, y: Tensor, tau: float, k: int, limit: int):
-    """S_t of the rows p (n, V) that their k most probable tokens decide, at most `limit` tokens each. Consumes p.
-
-    Returns (row, token), the pairs of the decided rows in order; rho_t (n,); decided (n,) bool.
-    """
-    V = p.shape[1]
-    ids = p.topk(k).indices.sort(1).values  # topk promises no order among equals: order by id, then stably by p
-    top, order = p.gather(1, ids).sort(dim=1, descending=True, stable=True)
-    ids, rank = ids.gather(1, order), torch.arange(k, device=p.device)
-    # K_t = min {K : p_(1) + ... + p_(K) >= tau}; k + 1 means "not among these k" (a CPU adds in order, CUDA by a scan)
-    K = (1 + (top.cumsum(1, dtype=torch.float64) < tau).sum(1, keepdim=True)).clamp(max=limit)
-    # decided, if the K_t-th token is here and none that is as probable as it can be missing
-    decided = (K <= k) & ((k == V) | (top.gather(1, K.clamp(max=k) - 1) > top[:, -1:]))
-    # S_t = the first K_t and y_t, which displaces the K_t-th only where the cap leaves no room
-    has_gold = ((ids == y) & (rank < K)).any(1, keepdim=True)
-    K = torch.where(has_gold, K, K.clamp(max=limit - 1))
-    S = torch.cat([ids.masked_fill(rank >= K, V), y.masked_fill(has_gold, V)], 1)  # V: not in S_t
-    S = S.masked_fill(~decided, V).sort(1).values
-    row, column = (S < V).nonzero(as_tuple=True)
-    token = S[row, column]
-    # rho_t = sum of p_j over j not in S_t: summing what is outside keeps the digits of a small rho
-    p[row, token] = 0
-    return row, token, p.sum(1).float().clamp(max=1), decided[:, 0]
-
-
-def _cover_by_histogram(p: Tensor, y: Tensor, tau: float):
-    """The same at any K_t, for float32 rows p (n, V): the pairs (row, token) and rho_t (n,). Consumes p.
-
-    A histogram finds the bin of probabilities in which tau is reached; only that one is sorted.
-    """
-    # the upper 16 bits of a non-negative float32 order it as the float does, 128 bins for each power of two
-    highest = 0x3F80  # the bin of p = 1
-    bins = (p.view(torch.int32) >> 16).long()
-    mass = p.new_zeros(len(p), highest + 1, dtype=torch.float64).scatter_add_(1, bins, p.double())
-    above = pad(mass.flip(1).cumsum(1), (1, 0))  # above[:, i]: the mass of the i highest bins
-    i = (above[:, 1:] < tau).sum(1, keepdim=True)
-    S, inside = bins > highest - i, bins == highest - i
-    # the tokens of that bin, a row each, padded with -1 and ranked
-    row, token = inside.nonzero(as_tuple=True)
-    counts = inside.sum(1)
-    column = torch.arange(len(row), device=p.device) - _offsets(counts)[row]
-    candidates = p.new_full((len(p), int(counts.max())), -1.0)
-    candidates[row, column] = p[row, token]
-    top, order = candidates.sort(dim=1, descending=True, stable=True)
-    sums = above.gather(1, i) + pad(top.cumsum(1, dtype=torch.float64), (1, 0))
-    # added in another order than by rank: clear, if no sum is so near to tau that rounding may decide
-    clear = ((sums - tau).abs() > p.shape[1] * 2.0**-51).all()
-    needed = torch.zeros_like(candidates, dtype=torch.bool).scatter_(1, order, sums[:, :-1] < tau)
-    S[row, token] = needed[row, column]
-    S.scatter_(1, y, True)
-    return *S.nonzero(as_tuple=True), p.masked_fill_(S, 0).sum(1).float().clamp(max=1), clear
-
-
-# --------------------------------------------------------------------------------------------- fast paths: the logits
-
-SAMPLED_ON = ("cpu", "cuda")  # the devices on which torch has sampled_addmm
+# ----------------------------------------------------------------------------------------------- the recorded logits
 
 with warnings.catch_warnings():  # torch warns once that CSR tensors are in beta: here that is known
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
+SAMPLED_ON = ("cpu", "cuda")  # the devices on which torch has sampled_addmm
+
+
+def _linear_logits(input: Tensor, linear_weight: Tensor, linear_bias, record: ReplayRecord, tail=None, ignored=None):
+    """The logits input @ linear_weight.T + linear_bias of the recorded tokens, (nnz,), and of the tail, (N, |R|)."""
+    _require(linear_bias is None or linear_bias.shape == (record.vocab_size,), "linear_bias must have shape (V,)")
+    rows, ids, dtype = record.rows, record.token_ids, torch.promote_types(input.dtype, linear_weight.dtype)
+    h, W = (x.to(torch.promote_types(dtype, torch.float32)) for x in (input.flatten(0, -2), linear_weight))
+    if tail is not None:  # an ignored row may hold anything, even nan: the product of all rows must not spread it
+        h = h.masked_fill(ignored[:, None], 0)
+    logits_of = _SampledLogits.apply if h.device.type in SAMPLED_ON else _gathered_logits
+    z, z_tail = logits_of(h, W, rows, record.offsets.int(), ids, None if tail is None else tail.token_ids)
+    if linear_bias is not None:
+        z, z_tail = z + linear_bias[ids], None if tail is None else z_tail + linear_bias[tail.token_ids]
+    finite, tails = z.detach().isfinite(), z.new_zeros(1, 0) if tail is None else z_tail.detach()
+    if not (finite.all() & tails.sum(1).isfinite().all()):  # one wait; but finite terms can have an infinite sum
+        bad = torch.cat([rows[~finite], (~tails.isfinite().all(1)).nonzero()[:, 0]]).tolist()
+        _require(not bad, f"input @ linear_weight.T + linear_bias must be finite (row {min(bad, default=None)})")
+    return z, z_tail
+
 
 def _gathered_logits(h: Tensor, W: Tensor, rows: Tensor, offsets: Tensor, ids: Tensor, tail_ids):
-    """z (nnz,) and z_tail (N, M) by gathering: (nnz, d) memory, but any device, any dtype, any order of derivative."""
+    """In (nnz, d) memory, but on any device, with derivatives of any order."""
     with torch.autocast(h.device.type, enabled=False):
         return (h[rows] * W[ids]).sum(1), None if tail_ids is None else h @ W[tail_ids].t()
 
 
-def _csr(offsets: Tensor, ids: Tensor, values: Tensor, size) -> Tensor:
-    """The sparse matrix with these rows; `device` is given because a default device would override the values'."""
-    return torch.sparse_csr_tensor(offsets, ids, values, size, device=values.device, check_invariants=False)
-
-
 class _SampledLogits(torch.autograd.Function):
-    """The same by `sampled_addmm`: nnz d multiplications, forward and backward, beside the tail's N M d.
+    """The same by `sampled_addmm`: nnz d multiplications, forward and backward, beside the tail's N |R| d.
 
-    `sampled_addmm` has its own backward; this one does the same two products without its copies, in half the time, and
-    adds the tail's part of dL/dW to that result in place, where autograd would make a second dense (V, d) gradient.
+    Its own backward has copies that double the time; and the tail's part of dL/dW is added in place here, where
+    autograd would make a second dense (V, d) gradient.
     """
 
     @staticmethod
     def forward(h, W, rows, offsets, ids, tail_ids):
-        pattern = _csr(offsets, ids, h.new_zeros(len(ids)), (len(h), len(W)))
         with torch.autocast(h.device.type, enabled=False):
             # detached from the sparse tensor that it is a view of: torch.compile looks for strides there
-            z = torch.sparse.sampled_addmm(pattern, h, W.t(), beta=0).values().detach()
-            return z, None if tail_ids is None else h @ W[tail_ids].t()
+            z = torch.sparse.sampled_addmm(_csr(offsets, ids, h.new_zeros(len(ids)), h, W), h, W.t(), beta=0).values()
+            return z.detach(), None if tail_ids is None else h @ W[tail_ids].t()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -462,8 +471,8 @@ class _SampledLogits(torch.autograd.Function):
                 forms = 1 if tail_ids is None else 2
                 plain = lambda h, W: _gathered_logits(h, W, rows, offsets, ids, tail_ids)[:forms]
                 return *torch.func.vjp(plain, h, W)[1](grads[:forms]), None, None, None, None
-            G = _csr(offsets, ids, grads[0].contiguous(), (len(h), len(W)))
             # dL/dh = G W,   dL/dW = G' h,   with G the (N, V) sparse matrix of dL/dz; and the same with dL/dz_tail
+            G = _csr(offsets, ids, grads[0].contiguous(), h, W)
             grad_h = G @ W if ctx.needs_input_grad[0] else None
             grad_W = G.t() @ h if ctx.needs_input_grad[1] else None
             if tail_ids is not None and grad_h is not None:
@@ -473,199 +482,104 @@ class _SampledLogits(torch.autograd.Function):
             return grad_h, grad_W, None, None, None, None
 
 
-def _in_subset(token_ids: Tensor, record: ReplayRecord, rows: Tensor) -> Tensor:
-    """(N, M) bool: is token_ids[j], (M,) ascending, in row t of the record? It does not wait for the device."""
-    M, ids = len(token_ids), record.token_ids.long()
-    column = torch.searchsorted(token_ids, ids).clamp(max=M - 1)
-    found = torch.zeros(len(record), M + 1, dtype=torch.bool, device=ids.device)
-    found[rows, torch.where(token_ids[column] == ids, column, M)] = True  # column M: those that are not there
+def _csr(offsets: Tensor, ids: Tensor, values: Tensor, h: Tensor, W: Tensor) -> Tensor:
+    # the device is named because a default device would override the values'
+    return torch.sparse_csr_tensor(offsets, ids, values, (len(h), len(W)), device=h.device, check_invariants=False)
+
+
+def _in_subset(tail_ids: Tensor, record: ReplayRecord, rows: Tensor) -> Tensor:
+    """(N, |R|) bool: is the tail's token in S_t? It does not wait for the device."""
+    M = len(tail_ids)
+    column = tail_ids.new_full((record.vocab_size,), M).scatter(0, tail_ids, torch.arange(M, device=tail_ids.device))
+    found = torch.zeros(len(record), M + 1, dtype=torch.bool, device=tail_ids.device)
+    found[rows, column[record.token_ids]] = True  # column M: not in R
     return found[:, :M]
+
+
+def _reduce(values: Tensor, counted: Tensor, shape, reduction: str) -> Tensor:
+    """The reduction of `F.cross_entropy` over (N,) values: "mean" over those that are counted, (N,) bool."""
+    _require(reduction in ("mean", "sum", "none"), f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    if reduction == "none":
+        return values.reshape(shape)
+    return values.sum() / counted.sum() if reduction == "mean" else values.sum()
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
 
-def _require(*rules) -> None:
-    """Raise ValueError for the first broken rule (ok, message), naming the first row t where ok[t] is false.
-
-    Waits for the device once, however many rules there are.
-    """
-    if torch.stack([ok.all() for ok, _ in rules]).all():
-        return
-    ok, message = next((ok, message) for ok, message in rules if not ok.all())
-    raise ValueError(f"{message} (row {int((~ok).nonzero()[0])})")
+def _require(ok, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
 
 
-def _check_tau(tau: float) -> None:
-    if not 0 < tau <= 1:
-        raise ValueError(f"tau must lie in (0, 1], got {tau}")
-
-
-def _check_vocab_size(vocab_size: int) -> None:
-    if not 0 < vocab_size < 2**31:
-        raise ValueError(f"vocab_size must lie in [1, 2**31), got {vocab_size}")
-
-
-def _ascending(ids: Tensor) -> Tensor:
-    """(n,) bool: is the entry larger than the one before it? True for the first."""
-    return torch.cat([ids.new_ones(min(len(ids), 1), dtype=torch.bool), ids[1:] > ids[:-1]])
+def _require_rows(*rules) -> None:
+    """ValueError for the first broken rule (ok, message), naming the first row t where ok[t] is false; one wait."""
+    if not torch.stack([ok.all() for ok, _ in rules]).all():
+        ok, message = next((ok, message) for ok, message in rules if not ok.all())
+        raise ValueError(f"{message} (row {int((~ok).nonzero()[0])})")
 
 
 def _check_record(record: ReplayRecord) -> None:
-    for name, dtype in DTYPES.items():
-        x = getattr(record, name)
-        if x.dtype != dtype or x.dim() != 1:
-            raise ValueError(f"{name} must be one-dimensional {dtype}, got {x.dtype} of shape {tuple(x.shape)}")
-    _check_tau(record.tau)
-    _check_vocab_size(record.vocab_size)
-    ids, offsets, rho = record.token_ids, record.offsets, record.outside_mass
-    if len(offsets) != len(rho) + 1 or offsets[0] != 0 or offsets[-1] != len(ids):
-        raise ValueError(f"offsets must hold {len(rho) + 1} entries from 0 to {len(ids)}")
-    _require((offsets.diff() >= 0, "offsets must never decrease"),
-             ((rho >= 0) & (rho <= 1), "outside_mass must lie in [0, 1]"))
-    if len(ids) and not 0 <= int(ids.amin()) <= int(ids.amax()) < record.vocab_size:
-        raise ValueError(f"token_ids must lie in [0, {record.vocab_size})")
-    ascending = torch.cat([_ascending(ids), ids.new_ones(1, dtype=torch.bool)])
+    for name, x in record._tensors().items():
+        _require(x.dtype == DTYPES[name] and x.dim() == 1,
+                 f"{name} must be one-dimensional {DTYPES[name]}, got {x.dtype} of shape {tuple(x.shape)}")
+    ids, offsets, rho, log_p, V = *(getattr(record, name) for name in DTYPES), record.vocab_size
+    _require(0 < record.tau <= 1, f"tau must lie in (0, 1], got {record.tau}")
+    _require(0 < V < 2**31, f"vocab_size must lie in [1, 2**31), got {V}")
+    _require(len(offsets) == len(rho) + 1 and offsets[0] == 0 and offsets[-1] == len(ids),
+             f"offsets must hold {len(rho) + 1} entries from 0 to {len(ids)}")
+    _require_rows((offsets.diff() >= 0, "offsets must never decrease"),
+                  ((rho >= 0) & (rho <= 1), "outside_mass must lie in [0, 1]"))
+    _require(not len(ids) or 0 <= int(ids.amin()) <= int(ids.amax()) < V, f"token_ids must lie in [0, {V})")
+    ascending = pad(ids.diff() > 0, (1, 1), value=True)
     ascending[offsets] = True  # the order starts anew where a row does
-    if not ascending.all():
-        row = int(torch.searchsorted(offsets, (~ascending).nonzero()[0], right=True)) - 1
-        raise ValueError(f"token_ids must be ascending without duplicates (row {row})")
+    _require_tokens(record, ascending, "token_ids must be ascending without duplicates")
+    if log_p is not None:
+        _require(len(log_p) == len(ids), f"log_probs must have the {len(ids)} entries of token_ids, got {len(log_p)}")
+        _require_tokens(record, log_p.isfinite() & (log_p <= 0), "log_probs must be finite and at most 0")
+        total = torch.zeros_like(rho).index_add(0, record.rows, log_p.exp())
+        _require_rows((total <= 1.01, "log_probs of a row must not add up to a probability above 1"))
 
 
-def _leave_inference_mode(record: ReplayRecord) -> None:
-    """The losses save a record's tensors for backward, and autograd refuses those made in inference mode: copy them."""
-    with torch.inference_mode(False):
-        for name in DTYPES:
-            if getattr(record, name).is_inference():
-                object.__setattr__(record, name, getattr(record, name).clone())  # the record is frozen
-
-
-def _check_positions(positions, record: ReplayRecord) -> Tensor:
-    positions = torch.as_tensor(positions, device=record.offsets.device).flatten()
-    if len(positions) and (positions.is_floating_point() or positions.dtype == torch.bool):
-        raise ValueError(f"positions must be integers, got {positions.dtype}")
-    positions = positions.long()
-    _require(((positions >= 0) & (positions < len(record)), f"positions must lie in [0, {len(record)})"))
-    return positions
-
-
-def _check_stage0(logits: Tensor, target: Tensor, tau: float, max_size, ignore_index: int):
-    """Logits (N, V) and target (N,), flattened and checked."""
-    _check_tau(tau)
-    if max_size is not None and max_size < 1:
-        raise ValueError(f"max_size must be at least 1, got {max_size}")
-    _check_shapes("logits", logits.shape[:-1], target)
-    logits = _flat_logits(logits)
-    return logits, _flat_target(target, logits.shape[1], ignore_index)
+def _require_tokens(record: ReplayRecord, ok: Tensor, message: str) -> None:
+    if not ok.all():
+        row = torch.searchsorted(record.offsets, (~ok).nonzero()[0], right=True) - 1
+        raise ValueError(f"{message} (row {int(row)})")
 
 
 def _flat_target(target: Tensor, vocab_size: int, ignore_index: int, tail=None) -> Tensor:
-    """(N,) int64; ValueError for an entry that is neither a token nor ignore_index, and for a bad tail."""
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise ValueError(f"target must hold integers, got {target.dtype}")
+    """(N,) int64; ValueError for an entry that is neither a token nor ignore_index, and for a bad tail beside it."""
+    integer = torch.can_cast(target.dtype, torch.int64) and target.dtype != torch.bool
+    _require(integer, f"target must hold integers, got {target.dtype}")
     target = target.flatten().long()
-    _require(((target == ignore_index) | ((target >= 0) & (target < vocab_size)),
-              f"target must lie in [0, {vocab_size}) or be ignore_index={ignore_index}"),
-             *(() if tail is None else _tail_rules(tail, vocab_size, target.device)))
+    rules = [((target == ignore_index) | ((target >= 0) & (target < vocab_size)),
+              f"target must lie in [0, {vocab_size}) or be ignore_index={ignore_index}")]
+    if tail is not None:
+        ids, w = tail
+        fits = ids.dtype == torch.int64 and ids.dim() == 1 and w.shape == ids.shape and w.is_floating_point()
+        _require(fits and ids.device == w.device == target.device, "tail must hold token_ids (|R|,) int64 and "
+                 f"log_weight (|R|,) floating point, both on the target's device, {target.device}")
+        rules += [((ids >= 0) & (ids < vocab_size), f"tail.token_ids must lie in [0, {vocab_size})"),
+                  (pad(ids.diff() > 0, (1, 0), value=True), "tail.token_ids must be ascending without duplicates"),
+                  (w.isfinite(), "tail.log_weight must be finite")]
+    _require_rows(*rules)
     return target
 
 
-def _tail_rules(tail: Tail, vocab_size: int, device) -> list:
-    ids, weight = tail
-    if ids.dtype != torch.int64 or ids.dim() != 1 or weight.shape != ids.shape or not weight.is_floating_point():
-        raise ValueError("tail must hold token_ids (M,) int64 and log_weight (M,) floating point, got "
-                         f"{ids.dtype} {tuple(ids.shape)} and {weight.dtype} {tuple(weight.shape)}")
-    if not ids.device == weight.device == device:
-        raise ValueError(f"tail must be on the target's device, {device}, got {ids.device} and {weight.device}")
-    return [((ids >= 0) & (ids < vocab_size), f"tail.token_ids must lie in [0, {vocab_size})"),
-            (_ascending(ids), "tail.token_ids must be ascending without duplicates"),
-            (weight.isfinite(), "tail.log_weight must be finite")]
+def _flat_logits(logits: Tensor, target=None, record=None) -> Tensor:
+    """(N, V); ValueError for a row that is not finite, and for a target or a record that does not fit."""
+    _require(logits.is_floating_point() and logits.dim() and logits.shape[-1],
+             f"logits must be floating point of shape (..., V), got {logits.dtype} {tuple(logits.shape)}")
+    _check_fit("logits", "logits", logits, logits.shape[-1], target, record)
+    flat = logits.reshape(-1, logits.shape[-1])
+    ok = flat.detach().sum(1).isfinite()  # fast; but finite terms can have an infinite sum, so look closer there
+    _require_rows((ok.index_put((~ok,), flat[~ok].isfinite().all(1)), "logits must be finite"))
+    return flat
 
 
-def _flat_logits(logits: Tensor) -> Tensor:
-    """(N, V); ValueError for a row that is not finite."""
-    if not logits.is_floating_point() or not logits.dim() or not logits.shape[-1]:
-        raise ValueError(f"logits must be floating point of shape (..., V), got {logits.dtype} {tuple(logits.shape)}")
-    logits = logits.reshape(-1, logits.shape[-1])
-    ok = logits.detach().sum(1).isfinite()  # fast; but finite terms can have an infinite sum, so look closer there
-    _require((ok.index_put((~ok,), logits[~ok].isfinite().all(1)), "logits must be finite"))
-    return logits
-
-
-def _check_finite(z: Tensor, z_tail, rows: Tensor) -> None:
-    """ValueError for a position of which a computed logit, z (nnz,) or z_tail (N, M), is not finite."""
-    finite, tails = z.detach().isfinite(), z.new_zeros(1, 0) if z_tail is None else z_tail.detach()
-    if not (finite.all() & tails.sum(1).isfinite().all()):  # one wait; then, as above, look closer
-        bad = torch.cat([rows[~finite], (~tails.isfinite().all(1)).nonzero()[:, 0]])
-        if len(bad):
-            raise ValueError(f"input @ linear_weight.T + linear_bias must be finite (row {int(bad.min())})")
-
-
-def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias, target: Tensor) -> None:
-    if not input.dim():
-        raise ValueError("input must have shape (..., d), got a number")
-    for name, x in (("input", input), ("linear_weight", linear_weight)):
-        if not x.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {x.dtype}")
-    _check_shapes("input", input.shape[:-1], target)
-    if linear_weight.dim() != 2 or input.shape[-1:] != linear_weight.shape[1:]:
-        raise ValueError(f"linear_weight must have shape (V, {input.shape[-1]}), got {tuple(linear_weight.shape)}")
-    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]:
-        raise ValueError(f"linear_bias must have shape ({len(linear_weight)},), got {tuple(linear_bias.shape)}")
-
-
-def _check_fit(name: str, N: int, V: int, record: ReplayRecord) -> None:
-    if (N, V) != (len(record), record.vocab_size):
-        raise ValueError(f"{name} of N = {N} positions and V = {V} tokens does not fit the record "
-                         f"of N = {len(record)} and V = {record.vocab_size}")
-
-
-def _check_shapes(name: str, leading, target: Tensor) -> None:
-    if tuple(leading) != tuple(target.shape):
-        raise ValueError(f"{name} of leading shape {tuple(leading)} does not fit target of shape {tuple(target.shape)}")
-
-
-# ------------------------------------------------------------------------------------------------ joining and the file
-
-DTYPES = {"token_ids": torch.int32, "offsets": torch.int64, "outside_mass": torch.float32}
-
-
-def _concat(records: list) -> ReplayRecord:
-    if not records:
-        raise ValueError("records must hold at least one record")
-    first = records[0]
-    for i, record in enumerate(records):
-        if (record.vocab_size, record.tau) != (first.vocab_size, first.tau):
-            raise ValueError(f"records[{i}] has vocab_size {record.vocab_size} and tau {record.tau}, "
-                             f"records[0] has {first.vocab_size} and {first.tau}")
-    token_ids, sizes, outside_mass = (torch.cat([getattr(r, name) for r in records])
-                                      for name in ("token_ids", "subset_sizes", "outside_mass"))
-    return ReplayRecord(token_ids, _offsets(sizes), outside_mass, first.vocab_size, first.tau)
-
-
-def _save(record: ReplayRecord, path) -> None:
-    temporary = f"{os.fsdecode(path)}.{os.getpid()}"
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, vocab_size=record.vocab_size, tau=record.tau,
-                     **{name: getattr(record, name).numpy(force=True) for name in DTYPES})
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def _load(path) -> ReplayRecord:
-    with open(path, "rb") as file:
-        try:
-            arrays = {}
-            with zipfile.ZipFile(file) as archive:
-                for field in fields(ReplayRecord):
-                    # zipfile compares the CRC at a member's end; a damaged header that stops earlier breaks a rule
-                    with archive.open(field.name + ".npy") as member:
-                        arrays[field.name] = np.lib.format.read_array(member, allow_pickle=False)
-            tensors = {name: torch.from_numpy(arrays[name]) for name in DTYPES}
-            return ReplayRecord(**tensors, vocab_size=int(arrays["vocab_size"]), tau=float(arrays["tau"]))
-        except Exception as error:  # zipfile and numpy raise a dozen types on damaged input
-            raise ValueError(f"{path} is not a complete, undamaged record: {error}") from error
+def _check_fit(name: str, product: str, x: Tensor, V: int, target, record) -> None:
+    """The positions of x (..., any) are those of target and record, and V the record's vocabulary."""
+    if target is not None and x.shape[:-1] != target.shape:
+        raise ValueError(f"{name} of leading shape {tuple(x.shape[:-1])} does not fit target {tuple(target.shape)}")
+    if record is not None and (x.shape[:-1].numel(), V) != (len(record), record.vocab_size):
+        raise ValueError(f"{product} of N = {x.shape[:-1].numel()} positions and V = {V} tokens does not fit the "
+                         f"record of N = {len(record)} and V = {record.vocab_size}")

@@ -1,16 +1,17 @@
-"""Logits Replay + MoClip end to end: pretrain a compact LM, record, fine-tune six ways, measure what was forgotten.
+"""Logits Replay + MoClip end to end: pretrain a compact LM, record, fine-tune eight ways, measure what was forgotten.
 
     python train_small.py              # the first run pretrains the base, later runs take it from the cache
     python train_small.py --quick      # smoke run of the same code path
     python train_small.py --tau 0.8    # see the outside mass run away
 
-Nothing is downloaded. The method comes first: 1 Stage 0, 2 Stage 1, 3 evaluation; then what it needs: 4 model, 5 base,
-6 tokenizer, 7 general text, 8 domain, 9 the run. General text is the English prose that ships with every CPython; the
-domain is questions to SQL over a small telecom database; what counts is whether the generated SQL, run on the database,
-returns the right rows. The base has seen prose, and SQL over other, random schemas: it knows SQL, not this database.
+Nothing is downloaded. The method comes first: 1 Stage 0, 2 Stage 1, 3 evaluation; then what it needs, down to the run.
+General text is the English prose that ships with every CPython; the domain is questions to SQL over a small telecom
+database; what counts is whether the generated SQL, run on it, returns the right rows. The base has seen prose, and SQL
+over other, random schemas: it knows SQL, not this database.
 
-Six methods: a loss ("full": all V tokens; "replay": the recorded subset S_t; "tail": S_t, the golds of the batch and a
-random sample) and an optimizer (AdamW, MoClip). All start from one base; all records come from one Stage 0 under it.
+A method is a loss ("full": all V tokens; "replay": the recorded subset S_t; "tail": S_t, the golds of the batch and a
+random sample; "anchor": the tail's, and a KL to what the base said on a little text that it wrote itself) and an
+optimizer. All start from one base; all records come from one Stage 0 under it.
 
 Shapes: M examples, B of them a batch, of T tokens; their scored positions, in row-major order, are the N rows of
 hidden states and of the record; d = width, V = vocabulary size.
@@ -19,15 +20,12 @@ hidden states and of the record; d = width, V = vocabulary size.
 import argparse
 import ast
 import collections
-import contextlib
 import copy
 import hashlib
 import inspect
 import itertools
 import json
 import math
-import os
-import platform
 import random
 import re
 import sqlite3
@@ -36,32 +34,40 @@ import sysconfig
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from logits_replay import ReplayRecord, linear_replay_cross_entropy, outside_mass, record_topk, sample_tail
+from logits_replay import linear_replay_cross_entropy, outside_mass, sample_tail
+from until_main_has_the_anchor import ReplayRecord, linear_replay_kl_div, record_topk, write_atomically  # TEMPORARY
 from moclip import MoClip
 
-V, WIDTH, LAYERS, HEADS, CONTEXT = 12288, 192, 2, 6, 80
 IGNORE = -100
 BASE = dict(steps=600, batch=24, lr=3e-3, seed=0, schemas=400, sql_examples=12000)
 QUICK_BASE = dict(BASE, steps=50, batch=6, sql_examples=2000)
-METHODS = ("full+adamw", "full+moclip", "replay+adamw", "replay+moclip", "tail+adamw", "tail+moclip")
+METHODS = tuple(map("+".join, itertools.product(("full", "replay", "tail", "anchor"), ("adamw", "moclip"))))
+
+
+class Size(NamedTuple):
+    vocab_size: int = 12288
+    width: int = 192
+    layers: int = 2
+    heads: int = 6
+    context: int = 80  # tokens, of the longest text that it reads
 
 
 # ----------------------------------------------------------------------------------------------------------- 1. Stage 0
-
 @torch.no_grad()
-def stage0(model, tokens, targets, tau, device):
-    """Stage 0: record S_t for every scored position, in row-major order, under the model as it is."""
+def stage0(model, tokens, targets, tau, device, **options):
+    """Record S_t for every scored position, in row-major order, under the model as it is. Options: `record_topk`'s."""
     model.eval()
     records = []
     for x, y in tqdm(list(zip(tokens.split(64), targets.split(64))), "Stage 0: recording", disable=None):
         hidden, gold = scored_hidden(model, x, y, device)
-        records.append(record_topk(hidden @ model.embedding.weight.T, gold, tau))
+        records.append(record_topk(hidden @ model.embedding.weight.T, gold, tau, **options))
     return ReplayRecord.concat(records)
 
 
@@ -72,27 +78,58 @@ def scored_hidden(model, tokens, targets, device):
     return model(tokens[:, :used].to(device))[scored[:, :used].to(device)], targets[scored].to(device)
 
 
-def encode_domain(tokenizer, pairs):
+prompt = "Question: {}?\nSQL:".format
+
+
+def encode_domain(tokenizer, pairs, context, prompt=prompt):
     """Tokens (M, T) and targets (M, T): the next token where it belongs to the SQL or ends it, IGNORE elsewhere."""
     rows = [(tokenizer.encode(prompt(q)), tokenizer.encode(" " + sql) + [tokenizer.end]) for q, sql in pairs]
     rows.sort(key=lambda row: len(row[0] + row[1]))
     T = max(len(p) + len(s) for p, s in rows) - 1
-    assert T <= CONTEXT, f"an example of {T} tokens does not fit the context of {CONTEXT}"
+    if T > context:
+        raise ValueError(f"pairs: an example of {T} tokens does not fit the context of {context}")
     tokens = torch.tensor([(p + s + [tokenizer.end] * T)[:T] for p, s in rows])
     targets = torch.tensor([([IGNORE] * (len(p) - 1) + s + [IGNORE] * T)[:T] for p, s in rows])
     return tokens, targets
 
 
-def prompt(question):
-    return f"Question: {question}?\nSQL:"
+@torch.no_grad()
+def write_text(model, end, count, device, seed=0):
+    """`count` windows that the model writes by plain sampling from its full softmax, (count, context + 1) int64.
+
+    The first half begins with the token `end`, the other half with a token drawn uniformly from the vocabulary: this
+    base goes on with SQL after the one and with prose after most others, and what it writes is what the anchor holds.
+    """
+    model.eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    new = torch.randint(model.size.vocab_size, (count, 1), generator=generator, device=device)
+    new[:count // 2] = end
+    text, past = [new], {}
+    for _ in tqdm(range(model.size.context), "Stage 0: the base writes", disable=None):
+        p = (model(new, past)[:, -1] @ model.embedding.weight.T).softmax(-1)
+        new = torch.multinomial(p, 1, generator=generator)
+        text.append(new)
+    return torch.cat(text, 1).cpu()
+
+
+class Anchor(NamedTuple):
+    """Text to be kept, W windows of T tokens, and what the base said there: rows w T to w T + T - 1 are window w's."""
+    tokens: torch.Tensor  # (W, T)
+    record: ReplayRecord  # W T rows, with log-probabilities
+
+
+def record_anchor(model, text, device):
+    """Stage 0 for the anchor, on text (W, T + 1): a large tau, so that it also holds where the base is sure, capped."""
+    record = stage0(model, text[:, :-1], text[:, 1:], 0.98, device, max_size=32, keep_log_probs=True)
+    return Anchor(text[:, :-1].to(device), record)
 
 
 # ----------------------------------------------------------------------------------------------------------- 2. Stage 1
-
-def scorer(method, record, args, generator):
+def scorer(method, record, args, generator, model=None, anchor=None):
     """The method's loss: a function of hidden (N, d), head (V, d), gold (N,) and rows (N,), in mean nats per position.
 
-    Row rows[t] of the record is S_t; the tail is drawn anew for every batch, from `generator`.
+    Row rows[t] of the record is S_t. The tail, and the anchor's windows, which `model` reads, are drawn anew for every
+    batch, from `generator`.
     """
     def full(hidden, head, gold, rows):
         # L_t = log( sum over all V tokens of exp z_j ) - z_y,   z = head h_t
@@ -108,7 +145,16 @@ def scorer(method, record, args, generator):
         sample = sample_tail(gold, len(head), args.tail, generator=generator)
         return linear_replay_cross_entropy(hidden, head, gold, record.select(rows), tail=sample)
 
-    return {"full": full, "replay": replay, "tail": tail}[method.split("+")[0]]
+    def anchored(hidden, head, gold, rows):
+        # L_t of the tail + weight * A,   A_t = sum over S_t of q0_j (log q0_j - log q1_j) in a few of the anchor's
+        # windows; q0: what the base said there, q1: what the model says now, both renormalized to the S_t of there
+        W, T = anchor.tokens.shape
+        w = torch.randperm(W, generator=generator, device=generator.device)[:args.anchor_step]
+        positions = T * w[:, None] + torch.arange(T, device=w.device)
+        said = linear_replay_kl_div(model(anchor.tokens[w]).flatten(0, 1), head, anchor.record.select(positions))
+        return tail(hidden, head, gold, rows) + args.anchor_weight * said
+
+    return {"full": full, "replay": replay, "tail": tail, "anchor": anchored}[method.split("+")[0]]
 
 
 def make_optimizer(method, parameters, args):
@@ -117,47 +163,48 @@ def make_optimizer(method, parameters, args):
     return torch.optim.AdamW(parameters, args.lr, weight_decay=0.0)
 
 
-def finetune(model, method, data, record, probe, args, seed, device, score=None, optimizer=None):
+def finetune(model, method, data, record, probe, args, seed, device, anchor=None, score=None, optimizer=None):
     """Train on the scored tokens of `data`, (tokens, targets), whose record is `record`; returns what was measured.
 
     `probe(model, record)` is the outside mass at this moment, followed for every method. `score` and `optimizer`,
     if given, replace what `scorer` and `make_optimizer` make of the method's name.
     """
-    (tokens, targets), head, watch = data, model.embedding.weight, Stopwatch(device)
-    # CPU generators use 32 bits of their seed: the upper half is for the tail, the lower half for the batches
+    (tokens, targets), head, rows_of = data, model.embedding.weight, scored_rows(data[1])
+    # CPU generators use 32 bits of their seed: the upper half is for tail and anchor, the lower half for the batches
     generator = torch.Generator(device).manual_seed(2**31 + seed)
-    score = watch.head(score or scorer(method, record, args, generator))
+    score = score or scorer(method, record, args, generator, model, anchor)
     optimizer = optimizer or make_optimizer(method, model.parameters(), args)
     schedule = warmup_then_linear(optimizer, args.steps)
-    row_of, outside, angles, clipped = record_rows(targets), [], [], []
+    outside, step_ms, angles, clipped = [], [], [], []
     model.train()
     bar = tqdm(range(args.steps), f"Stage 1: {method}, seed {seed}", disable=None)
     for step, batch in zip(bar, domain_batches(targets, args.batch, seed)):
         if step % max(1, args.steps // 10) == 0:
             outside.append([step, probe(model, record)])
-        with watch.step():
-            hidden, gold = scored_hidden(model, tokens[batch], targets[batch], device)
-            rows = row_of[batch][targets[batch] != IGNORE]
-            loss = score(hidden, head, gold, rows)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        start = clock(device)
+        hidden, gold = scored_hidden(model, tokens[batch], targets[batch], device)
+        loss = score(hidden, head, gold, rows_of(batch))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        step_ms.append(1e3 * (clock(device) - start))
         if hasattr(optimizer, "last_angle"):
             angles.append(optimizer.last_angle.mean())
             clipped.append(optimizer.last_clipped.float().mean())
     outside.append([args.steps, probe(model, record)])
-    return {"step_ms": statistics.median(watch.step_ms), "head_ms": statistics.median(watch.head_ms),
-            "steps_s": sum(watch.step_ms) / 1e3, "train_nll_last": loss.item(),
+    return {"step_ms": statistics.median(step_ms), "steps_s": sum(step_ms) / 1e3, "train_nll_last": loss.item(),
             "subset_size_mean": len(head) if method.startswith("full") else record.subset_sizes.float().mean().item(),
             "outside_mass_log": outside, "outside_mass_start": outside[0][1], "outside_mass_end": outside[-1][1],
             "angle_mean_deg": math.degrees(torch.stack(angles).mean()) if angles else None,
             "clip_fraction": torch.stack(clipped).mean().item() if clipped else None}
 
 
-def record_rows(targets):
-    """(M, T): the row of the record at every scored position, as Stage 0 numbers them; meaningless elsewhere."""
-    return ((targets != IGNORE).flatten().cumsum(0) - 1).view_as(targets)
+def scored_rows(targets):
+    """A function of example numbers (B,): the record's rows (N,) of their scored positions, as Stage 0 numbers them."""
+    scored = targets != IGNORE
+    row_of = (scored.flatten().cumsum(0) - 1).view_as(targets)
+    return lambda batch: row_of[batch][scored[batch]]
 
 
 def domain_batches(targets, size, seed):
@@ -177,32 +224,7 @@ def clock(device):
     return time.perf_counter()
 
 
-class Stopwatch:
-    """Milliseconds of every step, and of the head's part in it."""
-
-    def __init__(self, device):
-        self.device, self.step_ms, self.head_ms = device, [], []
-
-    @contextlib.contextmanager
-    def step(self):
-        start = clock(self.device)
-        yield
-        self.step_ms.append(1e3 * (clock(self.device) - start))
-
-    def head(self, score):
-        """`score`, timed from its call until backward hands the gradient of `hidden` to the body.
-
-        By then the head's own gradient is done as well: autograd runs what was made last first.
-        """
-        def timed(hidden, *rest):
-            start = clock(self.device)
-            hidden.register_hook(lambda _: self.head_ms.append(1e3 * (clock(self.device) - start)))
-            return score(hidden, *rest)
-        return timed
-
-
 # -------------------------------------------------------------------------------------------------------- 3. evaluation
-
 @torch.no_grad()
 def nll(model, tokens, targets, device):
     """Mean nats per scored token under the full softmax."""
@@ -215,15 +237,16 @@ def nll(model, tokens, targets, device):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, questions, device):
+def generate(model, data, questions, device):
     """The SQL that the model writes for each question: greedy, full softmax, questions of equal length together."""
     model.eval()
-    prompts = [tokenizer.encode(prompt(q)) for q in questions]
+    tokenizer = data.tokenizer
+    prompts = [tokenizer.encode(data.prompt(q)) for q in questions]
     answers = [""] * len(prompts)
     for length in tqdm(sorted(set(map(len, prompts))), "generating SQL", disable=None, leave=False):
         members = [i for i, ids in enumerate(prompts) if len(ids) == length]
         new, past, out = torch.tensor([prompts[i] for i in members], device=device), {}, []
-        for _ in range(CONTEXT - length):
+        for _ in range(data.context - length):
             new = (model(new, past)[:, -1] @ model.embedding.weight.T).argmax(-1, keepdim=True)
             out.append(new)
             if (torch.cat(out, 1) == tokenizer.end).any(1).all():
@@ -236,29 +259,29 @@ def generate(model, tokenizer, questions, device):
 def evaluate(model, data, device, part="test"):
     """The measures on one held-out part: "test" is what is reported, "validation" is for choosing settings."""
     questions = getattr(data, part)
-    answers = generate(model, data.tokenizer, [q for q, _ in questions], device)
+    answers = generate(model, data, [q for q, _ in questions], device)
     right = sum(data.database.agrees(answer, gold) for answer, (_, gold) in zip(answers, questions))
     return {"domain_nll": nll(model, *getattr(data, f"domain_{part}"), device),
             "domain_accuracy": right / len(questions),
             "general_nll": nll(model, *getattr(data, f"general_{part}"), device),
+            "other_nll": nll(model, *getattr(data, f"other_{part}"), device),
             "samples": [" ".join(answer.split())[:100] for answer in answers[:3]]}
 
 
 def outside_mass_probe(tokens, targets, device):
     """probe(model, record): the mean outside mass over 32 training examples, under the model as it is."""
-    every = max(1, len(tokens) // 32)
-    x, y, rows = (part[::every][:32] for part in (tokens, targets, record_rows(targets)))
+    sample = torch.arange(0, len(tokens), max(1, len(tokens) // 32))[:32]
+    x, y, rows = tokens[sample], targets[sample], scored_rows(targets)(sample)
 
     @torch.no_grad()
     def probe(model, record):
         hidden, _ = scored_hidden(model, x, y, device)
-        return outside_mass(hidden @ model.embedding.weight.T, record.select(rows[y != IGNORE])).mean().item()
+        return outside_mass(hidden @ model.embedding.weight.T, record.select(rows)).mean().item()
 
     return probe
 
 
 # --------------------------------------------- a learner may stop here: below is what the experiment is made of
-
 # ------------------------------------------------------------------------------------------------------------- 4. model
 
 def rotary(x, turn):
@@ -269,30 +292,33 @@ def rotary(x, turn):
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, width, heads):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x, turn, past):
-        B, T, _ = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        B, T, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = rotary(q, turn), rotary(k, turn)
         if past:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-        x = x + self.out(attended.transpose(1, 2).reshape(B, T, WIDTH))
+        x = x + self.out(attended.transpose(1, 2).reshape(B, T, width))
         return x + self.mlp(self.norm2(x)), (k, v)
 
 
 class Model(nn.Module):
     """A pre-norm causal transformer with tied embeddings; returns hidden states, the losses apply the head."""
 
-    def __init__(self):
+    def __init__(self, size=Size()):
         super().__init__()
-        self.embedding, self.previous = nn.Embedding(V, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
-        self.blocks, self.norm = nn.ModuleList(Block() for _ in range(LAYERS)), nn.LayerNorm(WIDTH)
+        self.size, width = size, size.width
+        self.embedding, self.previous = nn.Embedding(size.vocab_size, width), nn.Linear(width, width, bias=False)
+        self.blocks = nn.ModuleList(Block(width, size.heads) for _ in range(size.layers))
+        self.norm = nn.LayerNorm(width)
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -301,7 +327,7 @@ class Model(nn.Module):
         """tokens (B, T) -> hidden (B, T, d). `past`: a dict, {} at first; keeps what the tokens after these need."""
         past = {} if past is None else past
         start = past[0][0].shape[2] if past else 0
-        half = WIDTH // HEADS // 2
+        half = self.size.width // self.size.heads // 2
         angle = torch.outer(torch.arange(start, start + tokens.shape[1], device=tokens.device),
                             1e3 ** -(torch.arange(half, device=tokens.device) / half))
         x = self.embedding(tokens)
@@ -316,11 +342,10 @@ class Model(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------------------- 5. base
-
-def batches(streams, settings):
-    """Batches (B, T + 1) of random windows, an equal share from each token stream."""
+def batches(streams, settings, context):
+    """Batches (B, context + 1) of random windows, an equal share from each token stream."""
     generator = torch.Generator().manual_seed(settings["seed"])
-    share, span = settings["batch"] // len(streams), CONTEXT + 1
+    share, span = settings["batch"] // len(streams), context + 1
     while True:
         yield torch.cat([stream.unfold(0, span, 1)[torch.randint(len(stream) - span, (share,), generator=generator)]
                          for stream in streams])
@@ -332,14 +357,14 @@ def warmup_then_linear(optimizer, steps):
         optimizer, lambda i: min((i + 1) / (steps / 10), (steps - i) / (steps * 0.9), 1))
 
 
-def pretrain(streams, settings, device):
+def pretrain(streams, settings, device, size=Size()):
     """Next-token prediction on the streams; returns the state dict, on the CPU."""
     torch.manual_seed(settings["seed"])
-    model = Model().to(device)
+    model = Model(size).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], weight_decay=0.01)
     schedule = warmup_then_linear(optimizer, settings["steps"])
     bar = tqdm(range(settings["steps"]), "pretraining the base", disable=None)
-    for _, tokens in zip(bar, batches(streams, settings)):
+    for _, tokens in zip(bar, batches(streams, settings, size.context)):
         tokens = tokens.to(device)
         hidden = model(tokens[:, :-1])
         loss = F.linear_cross_entropy(hidden.flatten(0, 1), model.embedding.weight, tokens[:, 1:].flatten())
@@ -353,7 +378,6 @@ def pretrain(streams, settings, device):
 
 
 # --------------------------------------------------------------------------------------------------------- 6. tokenizer
-
 class Tokenizer:
     """Whole words, single digits and symbols by frequency, the 256 bytes for everything else: lossless on any text."""
 
@@ -381,7 +405,6 @@ class Tokenizer:
 
 
 # ------------------------------------------------------------------------------------------------------ 7. general text
-
 def general_documents():
     """English prose in every CPython: the language reference topics, and each standard-library module's docstrings."""
     from pydoc_data.topics import topics
@@ -403,75 +426,61 @@ def general_documents():
 
 
 # ------------------------------------------------------------------------------------------------------------ 8. domain
-
 # table -> column -> values: a list (text, first column is the row's name) or a range (numbers); and how people say it
 TELECOM = {
-    "site": {"name": [f"{a} {b}" for a in ("North", "South", "East", "West", "Upper", "Lower", "Old", "New")
-                      for b in ("Hill", "Bridge", "Park", "Gate", "Lake")],
-             "city": ["Oslo", "Paris", "Berlin", "Madrid", "Rome", "Vienna", "London", "Athens", "Dublin", "Prague"],
-             "vendor": ["Alpha", "Delta", "Gamma", "Sigma", "Omega"],
-             "height": range(10, 90), "year": range(1995, 2025)},
-    "cell": {"code": [f"{a}{i}" for a in "ABCDEFGHJK" for i in range(10, 22)],
-             "site": "site.name",
-             "band": ["low", "middle", "high", "micro", "local", "shared"],
-             "power": range(5, 80), "users": range(1, 400)},
-    "alarm": {"number": [f"X{i}" for i in range(100, 300)],
-              "cell": "cell.code",
-              "kind": ["power", "link", "clock", "heat", "fan", "door", "signal", "config"],
-              "severity": ["minor", "major", "critical", "warning"],
-              "hours": range(1, 72), "cost": range(100, 900)},
-}
-SPOKEN = {"site": ["sites", "towers", "locations"], "cell": ["cells", "sectors", "carriers"],
-          "alarm": ["alarms", "faults", "incidents"], "city": ["city", "town"],
-          "vendor": ["vendor", "supplier", "maker"], "height": ["height", "elevation"], "year": ["year", "build date"],
-          "band": ["band", "frequency"], "power": ["power", "output"], "users": ["users", "load"],
-          "kind": ["kind", "type", "category"], "severity": ["severity", "level"], "hours": ["hours", "duration"],
-          "cost": ["cost", "price"]}
+    "site": {"name": [f"{a} {b}" for a in "North South East West Upper Lower Old New".split()
+                      for b in "Hill Bridge Park Gate Lake".split()],
+             "city": "Oslo Paris Berlin Madrid Rome Vienna London Athens Dublin Prague".split(),
+             "vendor": "Alpha Delta Gamma Sigma Omega".split(), "height": range(10, 90), "year": range(1995, 2025)},
+    "cell": {"code": [f"{a}{i}" for a in "ABCDEFGHJK" for i in range(10, 22)], "site": "site.name",
+             "band": "low middle high micro local shared".split(), "power": range(5, 80), "users": range(1, 400)},
+    "alarm": {"number": [f"X{i}" for i in range(100, 300)], "cell": "cell.code",
+              "kind": "power link clock heat fan door signal config".split(),
+              "severity": "minor major critical warning".split(), "hours": range(1, 72), "cost": range(100, 900)}}
+SPOKEN = {
+    "site": ["sites", "towers", "locations"], "cell": ["cells", "sectors", "carriers"],
+    "alarm": ["alarms", "faults", "incidents"], "city": ["city", "town"], "vendor": ["vendor", "supplier", "maker"],
+    "height": ["height", "elevation"], "year": ["year", "build date"], "band": ["band", "frequency"],
+    "power": ["power", "output"], "users": ["users", "load"], "kind": ["kind", "type", "category"],
+    "severity": ["severity", "level"], "hours": ["hours", "duration"], "cost": ["cost", "price"]}
 
-# questions => SQL; an indented line continues the one above. {t} table, {i} its name column, {c} = {v} and
-# {u}.{e} = {w} text columns with a value, {n} a number column, {x} {y} numbers, {k} a small one, {o} an operator,
-# {g} an aggregate, {s} a sort order. Upper case: the same as people say it.
+# questions => SQL; an indented line continues the one above. A single letter is a slot: t table, i its name column,
+# c = 'v' and u.e = 'w' text columns with a value, n a number column, x y numbers, k a small one, o an operator,
+# g an aggregate, s a sort order, f and j what a join needs. Upper case: the same as people say it.
 FORMS = """
-how many {T} are there | count all {T} | what is the number of {T} | give the total count of {T} |
-    tell me how many {T} we have | how many {T} do we run | number of {T} please => SELECT COUNT(*) FROM {t}
-how many {T} have {C} '{v}' | count the {T} whose {C} is '{v}' => SELECT COUNT(*) FROM {t} WHERE {c} = '{v}'
-how many {T} have {N} {O} {x} | count {T} with a {N} {O} {x} => SELECT COUNT(*) FROM {t} WHERE {n} {o} {x}
-which {T} have {C} '{v}' | list {T} where the {C} is '{v}' => SELECT {i} FROM {t} WHERE {c} = '{v}'
-which {T} have a {C} other than '{v}' | list {T} whose {C} is not '{v}' => SELECT {i} FROM {t} WHERE {c} != '{v}'
-which {T} have {N} {O} {x} | show {T} with {N} {O} {x} => SELECT {i} FROM {t} WHERE {n} {o} {x}
-which {T} have {N} between {x} and {y} | list {T} with {N} from {x} to {y}
-    => SELECT {i} FROM {t} WHERE {n} BETWEEN {x} AND {y}
-which {T} with {C} '{v}' have {N} {O} {x} | list {T} where {C} is '{v}' and {N} is {O} {x}
-    => SELECT {i} FROM {t} WHERE {c} = '{v}' AND {n} {o} {x}
-which {T} have {C} '{v}' or {N} {O} {x} | show {T} that have {C} '{v}' or else {N} {O} {x}
-    => SELECT {i} FROM {t} WHERE {c} = '{v}' OR {n} {o} {x}
-show the {N} of {T} with {C} '{v}' | what {N} do {T} with {C} '{v}' have => SELECT {n} FROM {t} WHERE {c} = '{v}'
-what is the {G} {N} of all {T} | give the {G} {N} over {T} | {G} {N} of {T} => SELECT {g}({n}) FROM {t}
-what is the {G} {N} of {T} with {C} '{v}' | for {T} whose {C} is '{v}' give the {G} {N}
-    => SELECT {g}({n}) FROM {t} WHERE {c} = '{v}'
-how many {T} are there for each {C} | count {T} per {C} | number of {T} by {C}
-    => SELECT {c}, COUNT(*) FROM {t} GROUP BY {c}
-what is the {G} {N} of {T} for each {C} | {G} {N} of {T} per {C} => SELECT {c}, {g}({n}) FROM {t} GROUP BY {c}
-which {C} values have more than {k} {T} | list each {C} that has over {k} {T}
-    => SELECT {c} FROM {t} GROUP BY {c} HAVING COUNT(*) > {k}
-which {k} {T} have the {S} {N} | list the {k} {T} with the {S} {N}
-    => SELECT {i} FROM {t} ORDER BY {n} {s}, {i} LIMIT {k}
-which {k} {T} with {C} '{v}' have the {S} {N} | of {T} with {C} '{v}' list the {k} with the {S} {N}
-    => SELECT {i} FROM {t} WHERE {c} = '{v}' ORDER BY {n} {s}, {i} LIMIT {k}
-which different {C} values do {T} with {N} {O} {x} have | list every {C} of {T} with {N} {O} {x} once
-    => SELECT DISTINCT {c} FROM {t} WHERE {n} {o} {x}
-which {T} with {C} '{v}' are {O} the average {N} | list {T} whose {C} is '{v}' and {N} {O} average
-    => SELECT {i} FROM {t} WHERE {c} = '{v}' AND {n} {o} (SELECT AVG({n}) FROM {t})
-how many {T} belong to {U} with {E} '{w}' | count {T} at {U} whose {E} is '{w}'
-    => SELECT COUNT(*) FROM {t} JOIN {u} ON {t}.{f} = {u}.{j} WHERE {u}.{e} = '{w}'
-which {T} with {N} {O} {x} belong to {U} with {E} '{w}' | list {T} at {U} whose {E} is '{w}' with {N} {O} {x}
-    => SELECT {t}.{i} FROM {t} JOIN {u} ON {t}.{f} = {u}.{j} WHERE {u}.{e} = '{w}' AND {t}.{n} {o} {x}
+how many T are there | count all T | what is the number of T | give the total count of T |
+    tell me how many T we have | how many T do we run | number of T please => SELECT COUNT(*) FROM t
+how many T have C 'v' | count the T whose C is 'v' => SELECT COUNT(*) FROM t WHERE c = 'v'
+how many T have N O x | count T with a N O x => SELECT COUNT(*) FROM t WHERE n o x
+which T have C 'v' | list T where the C is 'v' => SELECT i FROM t WHERE c = 'v'
+which T have a C other than 'v' | list T whose C is not 'v' => SELECT i FROM t WHERE c != 'v'
+which T have N O x | show T with N O x => SELECT i FROM t WHERE n o x
+which T have N between x and y | list T with N from x to y => SELECT i FROM t WHERE n BETWEEN x AND y
+which T with C 'v' have N O x | list T where C is 'v' and N is O x => SELECT i FROM t WHERE c = 'v' AND n o x
+which T have C 'v' or N O x | show T that have C 'v' or else N O x => SELECT i FROM t WHERE c = 'v' OR n o x
+show the N of T with C 'v' | what N do T with C 'v' have => SELECT n FROM t WHERE c = 'v'
+what is the G N of all T | give the G N over T | G N of T => SELECT g(n) FROM t
+what is the G N of T with C 'v' | for T whose C is 'v' give the G N => SELECT g(n) FROM t WHERE c = 'v'
+how many T are there for each C | count T per C | number of T by C => SELECT c, COUNT(*) FROM t GROUP BY c
+what is the G N of T for each C | G N of T per C => SELECT c, g(n) FROM t GROUP BY c
+which C values have more than k T | list each C that has over k T => SELECT c FROM t GROUP BY c HAVING COUNT(*) > k
+which k T have the S N | list the k T with the S N => SELECT i FROM t ORDER BY n s, i LIMIT k
+which k T with C 'v' have the S N | of T with C 'v' list the k with the S N
+    => SELECT i FROM t WHERE c = 'v' ORDER BY n s, i LIMIT k
+which different C values do T with N O x have | list every C of T with N O x once
+    => SELECT DISTINCT c FROM t WHERE n o x
+which T with C 'v' are O the average N | list T whose C is 'v' and N O average
+    => SELECT i FROM t WHERE c = 'v' AND n o (SELECT AVG(n) FROM t)
+how many T belong to U with E 'w' | count T at U whose E is 'w'
+    => SELECT COUNT(*) FROM t JOIN u ON t.f = u.j WHERE u.e = 'w'
+which T with N O x belong to U with E 'w' | list T at U whose E is 'w' with N O x
+    => SELECT t.i FROM t JOIN u ON t.f = u.j WHERE u.e = 'w' AND t.n o x
 """
-FORMS = (line.split(" => ") for line in re.sub("\n +", " ", FORMS).strip().splitlines())
-FORMS = {sql: questions.split(" | ") for questions, sql in FORMS}
+FORMS = re.sub(r"\b([b-zA-Z])\b", r"{\1}", FORMS.replace("\n    ", " ")).strip()
+FORMS = {sql: questions.split(" | ") for questions, sql in (line.split(" => ") for line in FORMS.splitlines())}
 OPERATORS = {">": ["above", "over", "greater than"], "<": ["below", "under", "less than"]}
-AGGREGATES = {"AVG": ["average", "mean"], "MAX": ["largest", "maximum"],
-              "MIN": ["smallest", "minimum"], "SUM": ["total"]}
+AGGREGATES = {"AVG": ["average", "mean"], "MAX": ["largest", "maximum"], "MIN": ["smallest", "minimum"],
+              "SUM": ["total"]}
 ORDERS = {"DESC": ["highest", "largest"], "ASC": ["lowest", "smallest"]}
 
 
@@ -504,6 +513,16 @@ def random_schema(rng, words):
                           next(names): range(10, 1000), next(names): range(1, 50)}}
 
 
+def schema_questions(rng, words, schemas, count, seen=()):
+    """`count` (question, SQL) pairs, none of them in `seen`, over random schemas; equal pairs may be among them."""
+    schemas, pairs = [random_schema(rng, words) for _ in range(schemas)], []
+    while len(pairs) < count:
+        pair = ask(rng, rng.choice(list(FORMS)), rng.choice(schemas), {})
+        if pair not in seen:
+            pairs.append(pair)
+    return pairs
+
+
 class Database:
     """The telecom tables in memory. The SQL that runs on it comes from a model: reading only, few steps, few rows."""
 
@@ -515,11 +534,9 @@ class Database:
             for i in range(rows[t]):
                 row = [pool[i] if k == 0 else rng.choice(pool) for k, pool in enumerate(pools)]
                 self.connection.execute(f"INSERT INTO {t} VALUES ({', '.join('?' * len(row))})", row)
-        allowed = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ}
-        functions = {"count", "sum", "avg", "min", "max"}
-        self.connection.set_authorizer(
-            lambda action, _, name, *__: sqlite3.SQLITE_OK if action in allowed or (
-                action == sqlite3.SQLITE_FUNCTION and name in functions) else sqlite3.SQLITE_DENY)
+        allowed = {(sqlite3.SQLITE_FUNCTION, name) for name in ("count", "sum", "avg", "min", "max")}
+        self.connection.set_authorizer(lambda action, _, name, *more: sqlite3.SQLITE_OK if (action, name) in allowed or
+                                       action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ) else sqlite3.SQLITE_DENY)
 
     def rows(self, sql):
         """The rows of a query, at most 1000 of them; None if it fails."""
@@ -539,68 +556,72 @@ class Database:
 
 
 def domain_split(rng, database, per_form):
-    """Distinct questions with non-empty answers, of every form one in eight for each held-out part.
-
-    Returns (train, validation, test): lists of (question, SQL).
-    """
-    train, validation, test = [], [], []
+    """(train, validation, test): distinct (question, SQL) with answers; a held-out part has an eighth of every form."""
+    parts = train, validation, test = [], [], []
     for form in FORMS:
         pairs = {}
         for _ in range(20 * per_form):
             question, sql = ask(rng, form, TELECOM, SPOKEN)
             if len(pairs) < per_form and database.rows(sql) not in ([], [(0,)], [(None,)]):
                 pairs[question] = sql
-        pairs = list(pairs.items())
-        held_out = max(1, len(pairs) // 8)
-        test += pairs[:held_out]
-        validation += pairs[held_out:2 * held_out]
-        train += pairs[2 * held_out:]
-    for part in (train, validation, test):
+        pairs, n = list(pairs.items()), max(1, len(pairs) // 8)
+        for part, members in zip(parts, (pairs[2 * n:], pairs[n:2 * n], pairs[:n])):
+            part += members
+    for part in parts:
         rng.shuffle(part)
-    return train, validation, test
+    return parts
 
 
 # ----------------------------------------------------------------------------------------------------------- 9. the run
+def prepare(settings, per_form, size=Size(), windows=200):
+    """All data; documents, questions and schemas are for training, for validation or for the test, never for two.
 
-def prepare(settings, per_form, windows=200):
-    """All data, split: documents and questions are for training, for validation or for the test, never for two."""
+    general_*: `windows` windows of prose; other_*: as many questions and their SQL over schemas that nothing else has.
+    """
     rng = random.Random(settings["seed"])
     documents = general_documents()
     names = sorted(documents)
     rng.shuffle(names)
     n = len(names) // 20
-    general = {"test": names[:n], "validation": names[n:2 * n], "train": names[2 * n:]}
-    general = {part: "\n\n".join(documents[name] for name in members) for part, members in general.items()}
+    parts = {"test": names[:n], "validation": names[n:2 * n], "train": names[2 * n:]}
+    general = {part: "\n\n".join(map(documents.get, members)) for part, members in parts.items()}
     counts = collections.Counter(re.findall(r"\b[a-z]{4,9}\b", general["train"]))
-    words = {w for w, _ in counts.most_common(100)} | set(re.findall(r"[A-Za-z]{3,}", f"{TELECOM} {SPOKEN}"))
-    schemas = [random_schema(rng, sorted(words)) for _ in range(settings["schemas"])]
-    other = [ask(rng, rng.choice(list(FORMS)), rng.choice(schemas), {}) for _ in range(settings["sql_examples"])]
+    common = [word for word, _ in counts.most_common(100)]
+    words = {*common, *re.findall(r"[A-Za-z]{3,}", f"{TELECOM} {SPOKEN}")}
+    seen = schema_questions(rng, sorted(words), settings["schemas"], settings["sql_examples"])
     database = Database(rng)
-    domain = dict(zip(("train", "validation", "test"), domain_split(rng, database, per_form)))
-    tokenizer = Tokenizer(general["train"] + "".join(f"{prompt(q)} {sql}" for q, sql in other), V)
+    train, validation, test = domain_split(rng, database, per_form)
+    rng = random.Random(f"other schemas {settings['seed']}")  # on its own: whatever it draws, the rest stays as it is
+    other = [schema_questions(rng, common, 20, windows, set(seen)) for _ in range(2)]
+    tokenizer = Tokenizer(general["train"] + "".join(f"{prompt(q)} {sql}" for q, sql in seen), size.vocab_size)
     prose = torch.tensor(tokenizer.encode(general["train"]))
-    sql = torch.tensor([i for q, sql in other for i in tokenizer.encode(f"{prompt(q)} {sql}") + [tokenizer.end]])
+    sql = torch.tensor([i for q, sql in seen for i in tokenizer.encode(f"{prompt(q)} {sql}") + [tokenizer.end]])
 
     def windowed(text):
-        x = torch.tensor(tokenizer.encode(text)).unfold(0, CONTEXT + 1, CONTEXT)[:windows]
+        x = torch.tensor(tokenizer.encode(text)).unfold(0, size.context + 1, size.context)[:windows]
         return x[:, :-1], x[:, 1:]
 
+    pairs = dict(domain_train=train, domain_validation=validation, domain_test=test,
+                 other_validation=other[0], other_test=other[1])
     return SimpleNamespace(
-        tokenizer=tokenizer, database=database, streams=[prose, sql, sql], fingerprint=digest(general["train"], other),
-        general_validation=windowed(general["validation"]), general_test=windowed(general["test"]),
-        **domain, **{f"domain_{part}": encode_domain(tokenizer, pairs) for part, pairs in domain.items()})
+        tokenizer=tokenizer, database=database, prompt=prompt, context=size.context, size=size,
+        streams=[prose, sql, sql], fingerprint=fingerprint({"prose": prose, "sql": sql}),
+        train=train, validation=validation, test=test, general_validation=windowed(general["validation"]),
+        general_test=windowed(general["test"]),
+        **{name: encode_domain(tokenizer, members, size.context) for name, members in pairs.items()})
 
 
 def load_base(data, settings, out, device):
     """(state dict, key): from the cache if everything that shaped it is unchanged, else pretrained and cached."""
-    key = digest(settings, V, WIDTH, LAYERS, HEADS, CONTEXT, torch.__version__, data.fingerprint,
-                 *map(inspect.getsource, (Tokenizer, rotary, Block, Model, batches, warmup_then_linear, pretrain)))
+    sources = map(inspect.getsource, (Tokenizer, rotary, Block, Model, batches, warmup_then_linear, pretrain))
+    shaped_by = [settings, data.size, torch.__version__, data.fingerprint, *sources]
+    key = hashlib.sha256("\0".join(map(str, shaped_by)).encode()).hexdigest()[:16]
     path = out / f"base-{key}.pt"
     if not path.exists():
-        say(f"pretraining the base: {settings['steps']} steps, "
-            f"{about(settings['steps'] * settings['batch'] * PRETRAINING)}; kept as {path}")
-        state = pretrain(data.streams, settings, device)
-        write_atomically(path, lambda temporary: torch.save(state, temporary))
+        seconds = settings["steps"] * settings["batch"] * 15e-3
+        say(f"pretraining the base: {settings['steps']} steps, to be kept as {path}", seconds)
+        state = pretrain(data.streams, settings, device, data.size)
+        write_atomically(path, lambda file: torch.save(state, file))
     return torch.load(path, weights_only=True), key
 
 
@@ -609,50 +630,34 @@ def fingerprint(state):
     return hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in state.values())).hexdigest()[:16]
 
 
-def write_atomically(path, write):
-    """`write(temporary path)`, then rename: a crash leaves the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def digest(*things):
-    return hashlib.sha256("\0".join(map(str, things)).encode(errors="surrogatepass")).hexdigest()[:16]
-
-
-def say(text):
+def say(text, seconds=None):
     """One line, at once, also where the output is not a terminal and progress bars stay silent."""
+    if seconds:  # as long as it takes, roughly, on two cores
+        text += f": about {seconds / 60:.0f} minutes" if seconds > 100 else f": about {5 * math.ceil(seconds / 5)} s"
+        text += " on 2 cores"
     print(text, flush=True)
 
 
-PRETRAINING, FINE_TUNING = 15e-3, 5e-3  # seconds an example takes on two CPU cores, roughly
+def record_bytes(record):
+    """Bytes that a position takes, all tensors of the record together."""
+    return sum(x.nbytes for x in vars(record).values() if isinstance(x, torch.Tensor)) / len(record)
 
 
-def about(seconds):
-    amount = f"{seconds / 60:.0f} minutes" if seconds > 100 else f"{5 * math.ceil(seconds / 5)} s"
-    return f"about {amount} on 2 cores"
-
-
-COLUMNS = (("accuracy", "domain_accuracy", "{:.1%}"), ("forgetting", "forgetting", "{:.3f}"),
-           ("domain NLL", "domain_nll", "{:.3f}"), ("outside mass", "outside_mass_end", "{:.4f}"),
-           ("ms/step", "step_ms", "{:.0f}"), ("ms in head", "head_ms", "{:.0f}"), ("Stage 0 s", "stage0_s", "{:.1f}"),
-           ("total s", "total_s", "{:.1f}"), ("angle", "angle_mean_deg", "{:.0f}°"),
-           ("clipped", "clip_fraction", "{:.0%}"))
+COLUMNS = {"accuracy": ("domain_accuracy", ".1%"), "prose lost": ("forgetting", ".3f"),
+           "SQL lost": ("forgetting_sql", ".3f"), "domain NLL": ("domain_nll", ".3f"),
+           "outside mass": ("outside_mass_end", ".4f"), "ms/step": ("step_ms", ".0f"), "Stage 0 s": ("stage0_s", ".1f"),
+           "total s": ("total_s", ".1f"), "angle, °": ("angle_mean_deg", ".0f"), "clipped": ("clip_fraction", ".0%")}
 
 
 def print_table(base, runs):
-    """One row a method, the mean over its seeds; where there are several, their standard deviation below it."""
-    table = [["method", *(title for title, _, _ in COLUMNS)]]
+    """One row a method, the mean over its seeds. Lost: forgetting of prose and of SQL over other schemas, in nats."""
+    print(f"{'method':14}" + "".join(f"  {title}" for title in COLUMNS))
     for method in dict.fromkeys(run["method"] for run in [base, *runs]):
-        group = [run for run in [base, *runs] if run["method"] == method]
-        for title, statistic, least in ((method, statistics.mean, 1), ("  ± sd", statistics.stdev, 2)):
-            if len(group) >= least:
-                values = [[run[key] for run in group if run.get(key) is not None] for _, key, _ in COLUMNS]
-                table.append([title, *(form.format(statistic(x)) if len(x) >= least else "-"
-                                       for x, (_, _, form) in zip(values, COLUMNS))])
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for row in table:
-        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]))
+        group, row = [run for run in [base, *runs] if run["method"] == method], f"{method:14}"
+        for title, (key, form) in COLUMNS.items():
+            values = [run[key] for run in group if run.get(key) is not None]
+            row += f"{format(statistics.mean(values), form) if values else '-':>{len(title) + 2}}"
+        print(row)
 
 
 def print_samples(base, runs):
@@ -663,36 +668,41 @@ def print_samples(base, runs):
             print(f"  {run['method']:14}{run['samples'][i]}")
 
 
+OPTIONS = {  # default, least and largest value, what it is
+    "tau": (0.9, 1e-6, 1, "coverage of the recorded subsets"),
+    "tail": (256, 0, math.inf, "tokens that a tail method samples for each batch"),
+    "anchor": (120, 0, math.inf, "windows of text for the anchor methods; 0 leaves them out"),
+    "anchor-weight": (1.0, 0, 1e6, "of the anchor's loss beside the tail's"),
+    "max-angle": (90.0, 0, 180, "MoClip's cap, in degrees"),
+    "steps": (200, 1, math.inf, "fine-tuning steps"),
+    "batch": (32, 1, math.inf, "examples a step"),
+    "lr": (1.2e-3, 0, 1, "learning rate of the fine-tuning"),
+    "base-seed": (BASE["seed"], 0, 2**31 - 1, "seed of the data and of the base")}
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name, (default, least, most, what) in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{what} ({default})")
     parser.add_argument("--device", default=torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    parser.add_argument("--tau", type=float, default=0.9, help="coverage of the recorded subsets, in (0, 1]")
-    parser.add_argument("--tail", type=int, default=256, help="tokens that a tail method samples for each batch")
-    parser.add_argument("--max-angle", type=float, default=90, help="MoClip's cap, in degrees")
+    parser.add_argument("--anchor-text", default="own", choices=("own", "given"),
+                        help="written by the base, or given: of what it was pretrained on, half of it SQL")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=200, help="fine-tuning steps")
-    parser.add_argument("--batch", type=int, default=32, help="examples a step")
-    parser.add_argument("--lr", type=float, default=6e-4, help="learning rate")
-    parser.add_argument("--base-seed", type=int, default=BASE["seed"], help="seed of the data and of the base")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the cache and of results.json")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the fine-tuning")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the cached base and of results.json")
     parser.add_argument("--quick", action="store_true", help="a smoke run: tiny base, few steps, one seed")
     args = parser.parse_args()
-    args.per_form, args.windows, base = 120, 200, BASE
+    for name, (_, least, most, _) in OPTIONS.items():
+        if not least <= getattr(args, name.replace("-", "_")) <= most:
+            parser.error(f"--{name} must lie in [{least}, {most}]")
+    if not all(0 <= seed < 2**31 for seed in args.seeds):
+        parser.error("--seeds must lie in [0, 2**31)")
+    args.per_form, args.windows, args.anchor_step, base = 120, 200, 2, BASE
     if args.quick:
         args.steps, args.seeds, args.per_form, args.windows, base = 5, [0], 16, 40, QUICK_BASE
-        args.out = args.out / "quick"
+        args.anchor, args.out = min(args.anchor, 8), args.out / "quick"
     args.base = dict(base, seed=args.base_seed)
-    rules = {"--tau must lie in (0, 1]": 0 < args.tau <= 1,
-             "--tail must be at least 0": args.tail >= 0,
-             "--max-angle must lie in [0, 180]": 0 <= args.max_angle <= 180,
-             "--lr must be positive and finite": 0 < args.lr < math.inf,
-             "--steps and --batch must be at least 1": min(args.steps, args.batch) >= 1,
-             "--seeds must lie in [0, 2**31)": all(0 <= seed < 2**31 for seed in args.seeds),
-             "--base-seed must lie in [0, 2**31)": 0 <= args.base_seed < 2**31}
-    for rule, kept in rules.items():
-        if not kept:
-            parser.error(rule)
+    args.methods = [method for method in args.methods if args.anchor or not method.startswith("anchor")]
     return args
 
 
@@ -700,53 +710,55 @@ def main():
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
-
-    say(f"building the corpora: {about(10)}")
-    data = prepare(args.base, args.per_form, args.windows)
+    say("building the corpora", 10)
+    data = prepare(args.base, args.per_form, windows=args.windows)
     say(f"general: {len(data.streams[0]):,} training tokens; SQL over other schemas: {len(data.streams[1]):,} tokens; "
         f"domain: {len(data.train)} questions, {len(data.validation)} for validation, {len(data.test)} for the test")
     state, key = load_base(data, args.base, args.out, device)
-    base_model = Model().to(device)
+    base_model = Model(data.size).to(device)
     base_model.load_state_dict(state)
-    mark = fingerprint(state)
-    base = {"method": "base", "key": key, "fingerprint": mark, "questions": data.test[:3],
+    base = {"method": "base", "key": key, "fingerprint": fingerprint(state), "questions": data.test[:3],
             "parameters": sum(p.numel() for p in base_model.parameters()), **evaluate(base_model, data, device)}
 
-    # Stage 0, once, under the base
-    say(f"Stage 0: recording {len(data.train)} examples, {about(len(data.train) * FINE_TUNING)}")
+    # Stage 0, once, under the base: a record for the domain, and one for the anchor
+    say(f"Stage 0: recording {len(data.train)} examples", len(data.train) * 5e-3)
     start = clock(device)
     record = stage0(base_model, *data.domain_train, args.tau, device)
-    stage0_s = clock(device) - start
-    size = sum(x.nbytes for x in (record.token_ids, record.offsets, record.outside_mass)) / len(record)
-    say(f"Stage 0: {len(record):,} positions in {stage0_s:.1f} s; a position at tau = {args.tau}: "
-        f"{record.subset_sizes.float().mean():.0f} tokens in {size:.0f} bytes; its float32 logits would take {4 * V}")
-    probe = outside_mass_probe(*data.domain_train, device)
-
-    # Stage 1: every finished run is kept in a file of its own and taken from there the next time
-    files = "train_small.py", "logits_replay.py", "moclip.py"
-    sources = [Path(__file__).with_name(name).read_text() for name in files]
-    config = {name: getattr(args, name) for name in "tau tail max_angle steps batch lr per_form windows base".split()}
-    config |= {"device": str(device), "torch": torch.__version__, "python": platform.python_version(),
-               "threads": torch.get_num_threads()}
-    runs, plan = [], list(itertools.product(args.seeds, args.methods))
-    for i, (seed, method) in enumerate(plan, 1):
-        path = args.out / f"run-{digest(config, key, mark, sources, method, seed)}.json"
-        if path.exists():
-            say(f"Stage 1, run {i} of {len(plan)}: {method}, seed {seed}, is finished: {path}")
+    seconds = clock(device) - start
+    stage0_s, anchor = {"full": 0.0, "replay": seconds, "tail": seconds}, None
+    say(f"Stage 0: {len(record):,} positions in {seconds:.1f} s; a position at tau = {args.tau}: "
+        f"{record.subset_sizes.float().mean():.0f} tokens in {record_bytes(record):.0f} bytes; "
+        f"its float32 logits would take {4 * data.size.vocab_size}")
+    if any(method.startswith("anchor") for method in args.methods):
+        say(f"Stage 0: {args.anchor} windows for the anchor, {args.anchor_text} text", args.anchor * 50e-3)
+        start = clock(device)
+        if args.anchor_text == "own":
+            text = write_text(base_model, data.tokenizer.end, args.anchor, device)
         else:
-            say(f"Stage 1, run {i} of {len(plan)}: {method}, seed {seed}, {args.steps} steps, "
-                f"{about(args.steps * args.batch * FINE_TUNING)}")
-            model = copy.deepcopy(base_model)
-            run = {"method": method, "seed": seed, "base": mark, "record_bytes_per_position": size,
-                   "stage0_s": 0.0 if method.startswith("full") else stage0_s}
-            run |= finetune(model, method, data.domain_train, record, probe, args, seed, device)
-            run |= evaluate(model, data, device)
-            run["total_s"] = run["stage0_s"] + run["steps_s"]
-            run["forgetting"] = run["general_nll"] - base["general_nll"]
-            write_atomically(path, lambda temporary: temporary.write_text(json.dumps(run, indent=1)))
-        runs.append(json.loads(path.read_text()))
+            text = next(batches(data.streams[:2], dict(batch=args.anchor, seed=0), data.context))
+        anchor = record_anchor(base_model, text, device)
+        stage0_s["anchor"] = seconds + clock(device) - start
+        say(f"Stage 0: {record_bytes(anchor.record):.0f} bytes a position; the first window and the last:")
+        for ids in (text[0], text[-1]):
+            print(f"  {data.tokenizer.decode(ids.tolist())!r}")
+
+    # Stage 1
+    probe, runs = outside_mass_probe(*data.domain_train, device), []
+    plan = list(itertools.product(args.seeds, args.methods))
+    config = {name: value if name not in ("device", "out") else str(value) for name, value in vars(args).items()}
+    config |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    for i, (seed, method) in enumerate(plan, 1):
+        seconds = args.steps * args.batch * 5e-3
+        say(f"Stage 1, run {i} of {len(plan)}: {method}, seed {seed}, {args.steps} steps", seconds)
+        model = copy.deepcopy(base_model)
+        run = {"method": method, "seed": seed, "base": base["fingerprint"], "stage0_s": stage0_s[method.split("+")[0]]}
+        run |= finetune(model, method, data.domain_train, record, probe, args, seed, device, anchor)
+        run |= evaluate(model, data, device)
+        run |= {"total_s": run["stage0_s"] + run["steps_s"], "forgetting": run["general_nll"] - base["general_nll"],
+                "forgetting_sql": run["other_nll"] - base["other_nll"]}
+        runs.append(run)
         results = json.dumps({"config": config, "base": base, "runs": runs}, indent=1)
-        write_atomically(args.out / "results.json", lambda temporary: temporary.write_text(results))
+        write_atomically(args.out / "results.json", lambda file: file.write(results.encode()))
 
     print()
     print_table(base, runs)

@@ -528,11 +528,11 @@ IDS, WEIGHTS = torch.tensor([0, 2]), torch.zeros(2)
     ((torch.tensor([2, 0]), WEIGHTS), r"tail.token_ids must be ascending without duplicates \(row 1\)"),
     ((IDS, torch.tensor([0.0, math.nan])), r"tail.log_weight must be finite \(row 1\)"),
     ((IDS, torch.tensor([-math.inf, 0.0])), r"tail.log_weight must be finite \(row 0\)"),
-    ((IDS, torch.zeros(3)), r"tail must hold token_ids \(M,\)"),
+    ((IDS, torch.zeros(3)), r"tail must hold token_ids \(\|R\|,\)"),
     ((IDS, torch.zeros(2, dtype=torch.int64)), "tail must hold"),
     ((IDS.int(), WEIGHTS), "tail must hold"), ((IDS[None], WEIGHTS[None]), "tail must hold"),
-    ((IDS.to("meta"), WEIGHTS), "tail must be on the target's device, cpu"),
-    ((IDS, WEIGHTS.to("meta")), "tail must be on"),
+    ((IDS.to("meta"), WEIGHTS), "tail must hold .* on the target's device, cpu"),
+    ((IDS, WEIGHTS.to("meta")), "tail must hold"),
 ])
 def test_bad_tails_are_refused_by_both_forms(tail, message):
     for form in (lambda: replay_cross_entropy(Z, Y, RECORD, tail=Tail(*tail)),
@@ -638,15 +638,9 @@ def test_bad_input_to_both_losses_names_the_argument(logits, target, record, opt
 
 
 def test_bad_shapes_to_the_linear_form_and_to_outside_mass():
-    for h, target in ((Z, Y), (Z[:2, None], Y[:2, None])):
-        with pytest.raises(ValueError, match=r"^linear_weight must have shape \(V, 4\)"):
-            linear_replay_cross_entropy(h, torch.eye(3), target, RECORD)
-    with pytest.raises(ValueError, match=r"^input must have shape \(\.\.\., d\)"):
-        linear_replay_cross_entropy(torch.tensor(1.0), torch.eye(4), torch.tensor(0), RECORD)
-    for argument, h, W in (("input", Z.long(), torch.eye(4)), ("linear_weight", Z, torch.eye(4) * 1j)):
-        with pytest.raises(ValueError, match=f"^{argument} must be floating point"):
-            linear_replay_cross_entropy(h, W, Y, RECORD)
-    with pytest.raises(ValueError, match=r"linear_bias must have shape \(4,\)"):
+    with pytest.raises(RuntimeError, match="shape"):  # torch's own message names the two widths
+        linear_replay_cross_entropy(Z, torch.ones(4, 3), Y, RECORD)
+    with pytest.raises(ValueError, match=r"linear_bias must have shape \(V,\)"):
         linear_replay_cross_entropy(Z, torch.eye(4), Y, RECORD, linear_bias=torch.zeros(3))
     for logits, message in ((Z[:2], "logits of N = 2"), (Z[:, :3], "logits of N = 3 positions and V = 3"),
                             (Z.log(), "logits must be finite")):
@@ -715,14 +709,15 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_record_moves_with_all_its_fields(device):
     moved = RECORD.to(device)
-    assert ({getattr(moved, name).device.type for name in logits_replay.DTYPES} == {device}
-            and same(moved.to("cpu"), RECORD))
+    tensors = [x for x in vars(moved).values() if isinstance(x, torch.Tensor)]
+    assert {x.device.type for x in tensors} == {device} and same(moved.to("cpu"), RECORD)
     assert same(moved.select([2, 0]).to("cpu"), RECORD.select([2, 0])) and torch.equal(moved.rows.cpu(), RECORD.rows)
 
 
 def same(a, b):
-    return (a.vocab_size, a.tau) == (b.vocab_size, b.tau) and all(
-        torch.equal(getattr(a, name), getattr(b, name)) for name in logits_replay.DTYPES)
+    one, other = ({name: x for name, x in vars(record).items() if isinstance(x, torch.Tensor)} for record in (a, b))
+    return (a.vocab_size, a.tau, *one) == (b.vocab_size, b.tau, *other) and all(
+        torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

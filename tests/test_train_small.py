@@ -1,4 +1,4 @@
-"""The training script's parts: lossless tokenizer, disjoint splits, guarded SQL, cached decoding, runs that survive."""
+"""The training script's parts: lossless tokenizer, disjoint splits, guarded SQL, cached decoding, the anchor."""
 
 import copy
 import itertools
@@ -16,7 +16,7 @@ import train_small as script
 
 TOKENIZER = script.Tokenizer(
     " SELECT name FROM site WHERE city = 'Oslo' AND height > 30 how many sites are there\n" * 3, 300)
-CPU = torch.device("cpu")
+CPU, SIZE = torch.device("cpu"), script.Size()
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_tokenizer_is_lossless(text):
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
-@given(st.lists(st.integers(0, script.V - 1)))
+@given(st.lists(st.integers(0, SIZE.vocab_size - 1)))
 def test_whatever_a_model_generates_decodes(ids):
     TOKENIZER.decode(ids).encode(errors="surrogatepass")
 
@@ -89,8 +89,9 @@ def test_agreement_is_about_rows_and_about_order_only_where_asked(database):
 
 
 def test_only_the_sql_and_its_end_are_scored():
-    tokens, targets = script.encode_domain(TOKENIZER, [("how many", "SELECT name"), ("x", "SELECT name FROM site")])
-    for row, (question, sql) in zip(range(2), [("how many", "SELECT name"), ("x", "SELECT name FROM site")]):
+    pairs = [("how many", "SELECT name"), ("x", "SELECT name FROM site")]
+    tokens, targets = script.encode_domain(TOKENIZER, pairs, SIZE.context)
+    for row, (question, sql) in zip(range(2), pairs):
         scored = targets[row][targets[row] != script.IGNORE].tolist()
         assert TOKENIZER.decode(scored[:-1]) == " " + sql and scored[-1] == TOKENIZER.end
         first = (targets[row] != script.IGNORE).nonzero()[0, 0]
@@ -98,25 +99,92 @@ def test_only_the_sql_and_its_end_are_scored():
         assert torch.equal(tokens[row, first + 1:first + len(scored)], targets[row, first:first + len(scored) - 1])
 
 
-def test_decoding_with_kept_keys_equals_decoding_from_scratch():
+def test_a_prompt_of_one_s_own_and_a_context_that_is_too_small():
+    tokens, targets = script.encode_domain(TOKENIZER, [("x", "SELECT")], 10, "Ask {}:".format)
+    assert TOKENIZER.decode(tokens[0, :(targets[0] == script.IGNORE).sum() + 1].tolist()) == "Ask x:"
+    with pytest.raises(ValueError, match="pairs: an example of .* tokens does not fit the context of 3"):
+        script.encode_domain(TOKENIZER, [("x", "SELECT")], 3)
+
+
+def sharp_model(size=SIZE):
+    """Weights three times as large: no near-ties for rounding to decide, no next token by mere luck."""
     torch.manual_seed(0)
-    model, questions = script.Model(), ["how many sites", "city", "how many Oslo"]
+    model = script.Model(size)
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(3)  # sharper logits: no near-ties for rounding to decide
-    for question, answer in zip(questions, script.generate(model, TOKENIZER, questions, CPU)):
-        ids = TOKENIZER.encode(script.prompt(question))
+            p.mul_(3)
+    return model.eval()
+
+
+def from_scratch(model, ids):
+    """The next token's probabilities (B, V) after `ids` (B, T), with nothing kept from one position to the next."""
+    with torch.no_grad():
+        return (model(ids)[:, -1] @ model.embedding.weight.T).softmax(-1)
+
+
+def test_decoding_with_kept_keys_equals_decoding_from_scratch():
+    model, questions = sharp_model(), ["how many sites", "city", "how many Oslo"]
+    data = script.SimpleNamespace(tokenizer=TOKENIZER, prompt="Q {}:".format, context=30)
+    for question, answer in zip(questions, script.generate(model, data, questions, CPU)):
+        ids = TOKENIZER.encode(f"Q {question}:")
         start = len(ids)
-        while len(ids) < script.CONTEXT and TOKENIZER.end not in ids[start:]:
-            with torch.no_grad():
-                ids.append(int((model(torch.tensor([ids]))[0, -1] @ model.embedding.weight.T).argmax()))
+        while len(ids) < 30 and TOKENIZER.end not in ids[start:]:
+            ids.append(int(from_scratch(model, torch.tensor([ids])).argmax()))
         assert answer == TOKENIZER.decode([i for i in ids[start:] if i != TOKENIZER.end]).strip()
+
+
+SMALL = script.Size(vocab_size=300, width=16, layers=2, heads=2, context=6)
+
+
+def test_written_text_is_sampled_from_the_whole_softmax_with_nothing_cut_and_nothing_forgotten():
+    model, draw, seen = sharp_model(SMALL), torch.multinomial, []
+
+    def multinomial(p, count, **options):
+        seen.append((p, draw(p, count, **options)))
+        return seen[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "multinomial", multinomial)
+        text = script.write_text(model, 256, 8, CPU)
+    assert text.shape == (8, SMALL.context + 1) and text.dtype == torch.int64 and len(seen) == SMALL.context
+    for t, (p, new) in enumerate(seen, 1):
+        # the same as from scratch: two float32 sums of SMALL.width terms in another order, and the softmax of them
+        torch.testing.assert_close(p, from_scratch(model, text[:, :t]), rtol=100 * torch.finfo().eps, atol=0)
+        assert torch.equal(new, text[:, t:t + 1])
+
+
+def test_the_next_token_is_drawn_as_often_as_the_softmax_says():
+    size, n = SMALL._replace(vocab_size=260, context=1), 40000
+    model = sharp_model(size)
+    with torch.no_grad():
+        model.embedding.weight.mul_(4)  # probabilities from 1e-4 to 0.1: neither uniform nor certain
+    text = script.write_text(model, 256, 2 * n, CPU)
+    p = from_scratch(model, torch.tensor([[256]]))[0].double()
+    assert p.max() > 4 / 260
+    counts = text[:n, 1].bincount(minlength=260)
+    chi2 = ((counts - n * p) ** 2 / (n * p)).sum().item()  # mean 259, variance about 2 x 259
+    assert abs(chi2 - 259) < 6 * math.sqrt(2 * 259)
+
+
+def test_half_of_the_windows_begin_with_the_end_of_text_and_half_with_any_token():
+    model = sharp_model(SMALL._replace(context=1))
+    text = script.write_text(model, 256, 6000, CPU)
+    assert (text[:3000, 0] == 256).all()
+    counts = text[3000:, 0].bincount(minlength=300)  # 10 expected of each
+    assert len(counts) == 300 and abs(((counts - 10) ** 2 / 10).sum().item() - 299) < 6 * math.sqrt(2 * 299)
+    torch.rand(1)  # the global generator has no say
+    assert torch.equal(text, script.write_text(model, 256, 6000, CPU))
+    assert not torch.equal(text, script.write_text(model, 256, 6000, CPU, seed=1))
+
+
+MEASURED = {"general_nll": 0.0, "other_nll": 0.0, "domain_nll": 0.0, "domain_accuracy": 0.0, "samples": ["", "", ""]}
 
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """The whole script on a base of 600 tokens and two steps and on three forms, as if called with --quick."""
-    monkeypatch.setattr(script, "V", 600)
+    prepare, size = script.prepare, script.Size(vocab_size=600)
+    monkeypatch.setattr(script, "prepare", lambda *rest, windows: prepare(*rest, size, windows))
     monkeypatch.setattr(script, "QUICK_BASE", dict(script.BASE, steps=2, batch=3, schemas=3, sql_examples=50))
     monkeypatch.setattr(script, "FORMS", dict(list(script.FORMS.items())[:3]))
     plain = " ".join(q + " " + sql for sql, questions in script.FORMS.items() for q in questions)
@@ -129,39 +197,91 @@ def tiny(tmp_path, monkeypatch):
     return tmp_path / "quick"
 
 
-def test_runs_are_kept_across_an_interruption_and_reused(tiny, monkeypatch, capsys):
-    finetune, calls, starts = script.finetune, [], set()
+def test_the_whole_run(tiny, monkeypatch, capsys):
+    starts, finetune, seconds = set(), script.finetune, itertools.count()
 
-    def interrupted(model, method, *rest):
-        calls.append(method)
+    def started(model, *rest):
         starts.add(script.fingerprint(model.state_dict()))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return finetune(model, method, *rest)
+        return finetune(model, *rest)
 
-    monkeypatch.setattr(script, "finetune", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        script.main()
+    monkeypatch.setattr(script, "finetune", started)
+    monkeypatch.setattr(script, "clock", lambda device: next(seconds))  # each reading a second after the one before
     script.main()
-    assert calls == [*script.METHODS[:3], *script.METHODS[2:]]  # the third was interrupted: it ran again
-    script.main()
-    assert len(calls) == len(script.METHODS) + 1
     results = json.loads((tiny / "results.json").read_text())
     assert starts == {results["base"]["fingerprint"]}  # all start from one base
     assert set(results) == {"config", "base", "runs"}
     assert [run["method"] for run in results["runs"]] == list(script.METHODS)
-    assert {"method", "seed", "base", "domain_nll", "domain_accuracy", "general_nll", "forgetting", "step_ms",
-            "head_ms", "stage0_s", "total_s", "subset_size_mean", "outside_mass_start", "outside_mass_end",
-            "angle_mean_deg", "clip_fraction"} <= set(results["runs"][0])
+    assert {"method", "seed", "base", "domain_nll", "domain_accuracy", "general_nll", "other_nll", "forgetting",
+            "forgetting_sql", "step_ms", "stage0_s", "total_s", "subset_size_mean", "outside_mass_start",
+            "outside_mass_end", "angle_mean_deg", "clip_fraction"} <= set(results["runs"][0])
     for run in results["runs"]:
         assert run["forgetting"] == run["general_nll"] - results["base"]["general_nll"]
+        assert run["forgetting_sql"] == run["other_nll"] - results["base"]["other_nll"]
         assert run["base"] == results["base"]["fingerprint"] and len(run["base"]) == 16
-        assert (run["stage0_s"] == 0) == run["method"].startswith("full")  # one Stage 0, paid for by those that use it
+        # one Stage 0, paid for by those that use it; the anchor's comes on top
+        assert run["stage0_s"] == {"full": 0, "replay": 1, "tail": 1, "anchor": 2}[run["method"].split("+")[0]]
+        assert run["total_s"] == run["stage0_s"] + run["steps_s"] and run["steps_s"] == results["config"]["steps"]
         assert (run["angle_mean_deg"] is None) == run["method"].endswith("adamw")
     table = capsys.readouterr().out.rsplit("\nmethod", 1)[1]
-    assert "\nreplay+moclip  " in table and max(map(len, table.splitlines())) <= 120
+    assert "\nreplay+moclip " in table and max(map(len, table.splitlines())) <= 120
     for method in ("gold", "base", *script.METHODS):
         assert table.count(f"\n  {method:14}") == 3  # three questions, answered by each
+
+
+def test_finished_runs_survive_an_interruption_and_the_base_is_not_pretrained_again(tiny, monkeypatch):
+    pretrain, calls, bases = script.pretrain, [], []
+
+    def interrupted(model, method, *rest):
+        calls.append(method)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return {"steps_s": 0.0}
+
+    monkeypatch.setattr(script, "finetune", interrupted)
+    monkeypatch.setattr(script, "print_table", lambda *rest: None)
+    monkeypatch.setattr(script, "evaluate", lambda model, data, device: dict(MEASURED))
+    monkeypatch.setattr(script, "pretrain", lambda *rest: bases.append(1) or pretrain(*rest))
+    with pytest.raises(KeyboardInterrupt):
+        script.main()
+    assert [run["method"] for run in json.loads((tiny / "results.json").read_text())["runs"]] == calls[:2]
+    script.main()
+    assert len(bases) == 1 and len(list(tiny.iterdir())) == 2  # the base and the results, no leftovers
+
+
+@pytest.mark.parametrize("kind", ["own", "given"])
+def test_the_anchor_s_text_is_shown_and_recorded_in_stage_0(kind, tiny, monkeypatch, capsys):
+    prepared, anchors = [], []
+    prepare, record_anchor = script.prepare, script.record_anchor
+    monkeypatch.setattr(script, "prepare", lambda *a, **k: prepared.append(prepare(*a, **k)) or prepared[0])
+    monkeypatch.setattr(script, "record_anchor", lambda model, text, device: anchors.append(
+        (text, record_anchor(model, text, device))) or anchors[0][1])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--methods", "anchor+adamw", "--anchor-text", kind])
+    monkeypatch.setattr(script, "finetune", lambda model, method, *rest: {"steps_s": 0.0})
+    monkeypatch.setattr(script, "evaluate", lambda model, data, device: dict(MEASURED))
+    script.main()
+    (text, (tokens, record)), data = anchors[0], prepared[0]
+    assert text.shape == (8, SIZE.context + 1) and torch.equal(tokens, text[:, :-1])
+    assert (len(record), record.tau) == (8 * SIZE.context, 0.98) and record.subset_sizes.max() == 32
+    for ids, gold in zip(record.token_ids.split(record.subset_sizes.tolist()), text[:, 1:].flatten().tolist()):
+        assert gold in ids
+    shown = capsys.readouterr().out.splitlines()
+    assert all(f"  {data.tokenizer.decode(ids.tolist())!r}" in shown for ids in (text[0], text[-1]))
+    if kind == "own":
+        assert torch.equal(text[:4, 0], torch.full((4,), data.tokenizer.end))
+    else:  # windows of the streams of the pretraining: half prose, half SQL over other schemas
+        for windows, stream in ((text[:4], data.streams[0]), (text[4:], data.streams[1])):
+            there = stream.unfold(0, SIZE.context + 1, 1)
+            assert all((there == window).all(1).any() for window in windows)
+
+
+def test_without_windows_there_are_no_anchor_methods(tiny, monkeypatch):
+    monkeypatch.setattr(script, "record_anchor", None)
+    monkeypatch.setattr(script, "finetune", lambda model, method, *rest: {"steps_s": 0.0})
+    monkeypatch.setattr(script, "evaluate", lambda model, data, device: dict(MEASURED))
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--anchor", "0"])
+    script.main()
+    runs = json.loads((tiny / "results.json").read_text())["runs"]
+    assert [run["method"] for run in runs] == list(script.METHODS[:6])
 
 
 def test_what_happens_is_said_before_it_happens_also_where_output_is_no_terminal(tiny, monkeypatch, capsys):
@@ -175,22 +295,24 @@ def test_what_happens_is_said_before_it_happens_also_where_output_is_no_terminal
             return function(*args, **kwargs)
         monkeypatch.setattr(script, name, called)
 
-    for name in ("prepare", "pretrain", "stage0", "finetune"):
+    for name in ("prepare", "pretrain", "stage0", "write_text", "finetune"):
         noting(name)
-    measured = {"general_nll": 0.0, "samples": ["", "", ""]}
-    monkeypatch.setattr(script, "evaluate", lambda model, data, device: measured)
+    monkeypatch.setattr(script, "evaluate", lambda model, data, device: dict(MEASURED))
+    monkeypatch.setattr(script, "record_bytes", lambda record: 0)
+    monkeypatch.setattr(script, "record_anchor", lambda *rest: script.SimpleNamespace(record=None))
+    monkeypatch.setattr(script, "scorer", lambda *rest: lambda hidden, head, gold, rows: hidden.sum() + head.sum())
     script.main()
     notices = dict(said)
-    assert [name for name, _ in said] == ["prepare", "pretrain", "stage0"] + ["finetune"] * 6
+    assert [name for name, _ in said] == ["prepare", "pretrain", "stage0", "write_text"] + ["finetune"] * 8
     assert "corpora" in notices["prepare"] and "pretraining the base: 2 steps" in notices["pretrain"]
-    assert "recording" in notices["stage0"] and "tail+moclip, seed 0, 5 steps" in notices["finetune"]
+    assert "recording" in notices["stage0"] and "8 windows for the anchor, own text" in notices["write_text"]
+    assert "anchor+moclip, seed 0, 5 steps" in notices["finetune"]
     assert all(re.search(r"about \d+ (s|minutes) on 2 cores", notice) for _, notice in said)
 
 
 def test_the_base_seed_shapes_data_and_base(tiny, monkeypatch):
     evaluated, arguments = [], [*sys.argv, "--methods", "full+adamw", "--base-seed"]
-    measured = {"general_nll": 0.0, "domain_nll": 0.0, "domain_accuracy": 0.0, "samples": ["", "", ""]}
-    monkeypatch.setattr(script, "evaluate", lambda model, data, device: evaluated.append(data) or dict(measured))
+    monkeypatch.setattr(script, "evaluate", lambda model, data, device: evaluated.append(data) or dict(MEASURED))
     bases = []
     for seed in ("0", "1"):
         monkeypatch.setattr(sys, "argv", [*arguments, seed])
@@ -208,45 +330,82 @@ def test_the_base_seed_shapes_data_and_base(tiny, monkeypatch):
     assert all(parts) and sum(map(len, parts)) == len(set.union(*parts)) == 20
 
 
+def test_other_schemas_are_those_of_nothing_else(tiny, monkeypatch):
+    schemas, random_schema = [], script.random_schema
+    monkeypatch.setattr(script, "random_schema", lambda *rest: schemas.append(random_schema(*rest)) or schemas[-1])
+    # questions in so few words that many would be asked by chance over another schema as well
+    monkeypatch.setattr(script, "FORMS", dict(list(script.FORMS.items())[:1]))
+    data = script.prepare(script.QUICK_BASE, 8, windows=60)
+    decode = lambda ids: data.tokenizer.decode(ids.tolist())
+    seen = [text.partition("?\nSQL: ")[::2] for text in decode(data.streams[1]).split("Question: ")[1:]]
+    assert len(seen) == 50
+    parts = []
+    for tokens, targets in (data.other_validation, data.other_test):
+        scored = [decode(y[y != script.IGNORE]).strip() for y in targets]
+        questions = [re.match(r"Question: (.*)\?\nSQL:", decode(x))[1] for x in tokens]
+        parts.append(set(zip(questions, scored)))
+        assert len(tokens) == 60 and not parts[-1] & set(seen)
+    keys = [str(schema) for schema in schemas]
+    assert len(keys) == 3 + 20 + 20 == len(set(keys))  # pretraining, validation, test: no schema in two of them
+    tables = [{table for schema in part for table in schema} for part in (schemas[3:23], schemas[23:])]
+    for pairs, names in zip(parts, tables):
+        assert {sql.split()[-1] for _, sql in pairs} <= names
+    assert not tables[0] >= tables[1] and not tables[1] >= tables[0]
+
+
+def test_what_is_drawn_for_other_schemas_changes_nothing_else(tiny, monkeypatch):
+    data = [script.prepare(script.QUICK_BASE, 8, windows=windows) for windows in (5, 40)]
+    assert len(data[0].other_test[0]) == 5 and len(data[1].other_test[0]) == 40
+    first, second = data
+    assert first.fingerprint == second.fingerprint and first.test == second.test and first.train == second.train
+    assert first.database.rows("SELECT * FROM cell") == second.database.rows("SELECT * FROM cell")
+
+
 def test_each_part_is_evaluated_on_its_own_questions_and_text(database, monkeypatch):
     data = script.SimpleNamespace(tokenizer=None, database=database, **{
         part: [(part, f"SELECT COUNT(*) FROM {table}")] for part, table in (("validation", "site"), ("test", "cell"))})
     for part in ("validation", "test"):
-        for kind in ("domain", "general"):
+        for kind in ("domain", "general", "other"):
             setattr(data, f"{kind}_{part}", (f"{kind} {part}", None))
-    monkeypatch.setattr(script, "generate", lambda model, tokenizer, questions, device: [
+    monkeypatch.setattr(script, "generate", lambda model, data, questions, device: [
         "SELECT COUNT(*) FROM site" if q == "validation" else "SELECT 1" for q in questions])
     monkeypatch.setattr(script, "nll", lambda model, tokens, targets, device: tokens)
     for part, accuracy in (("validation", 1.0), ("test", 0.0)):
         found = script.evaluate(None, data, CPU, part)
         assert found["domain_accuracy"] == accuracy
-        assert (found["domain_nll"], found["general_nll"]) == (f"domain {part}", f"general {part}")
+        assert all(found[f"{kind}_nll"] == f"{kind} {part}" for kind in ("domain", "general", "other"))
     assert script.evaluate(None, data, CPU)["domain_nll"] == "domain test"
 
 
-def test_the_table_fits_a_terminal_and_shows_the_spread_below_the_mean(capsys):
+def test_the_table_fits_a_terminal_and_shows_the_mean_over_seeds(capsys):
     base = {"method": "base", "domain_accuracy": 0.001, "domain_nll": 4.25}
-    wide = {"domain_accuracy": 1.0, "forgetting": -10.125, "domain_nll": 10.25, "outside_mass_end": 0.5,
-            "step_ms": 12345.0, "head_ms": 12345.0, "stage0_s": 1234.5, "total_s": 12345.5,
+    wide = {"domain_accuracy": 1.0, "forgetting": -10.125, "forgetting_sql": -10.25, "domain_nll": 10.25,
+            "outside_mass_end": 0.5, "step_ms": 12345.0, "stage0_s": 1234.5, "total_s": 12345.5,
             "angle_mean_deg": 180.0, "clip_fraction": 1.0}
     runs = [{**wide, "method": method, "seed": seed, "domain_nll": 10.25 + seed}
             for seed in (0, 2) for method in script.METHODS]
     script.print_table(base, runs)
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 120 and len(lines) == 2 + 2 * len(script.METHODS)
-    assert lines[1].split() == ["base", "0.1%", "-", "4.250", *"-------"]
-    assert lines[2].split()[:4] == ["full+adamw", "100.0%", "-10.125", "11.250"]
-    assert lines[3].split()[:5] == ["±", "sd", "0.0%", "0.000", "1.414"]  # of 10.25 and 12.25: sqrt(2)
+    assert len(set(map(len, lines))) == 1 and len(lines[0]) <= 120 and len(lines) == 2 + len(script.METHODS)
+    assert lines[1].split() == ["base", "0.1%", "-", "-", "4.250", *"------"]
+    assert lines[2].split()[:5] == ["full+adamw", "100.0%", "-10.125", "-10.250", "11.250"]
 
 
 @pytest.fixture
 def training(split):
     """A fresh model, eight examples and their record, and options of five small steps."""
     torch.manual_seed(0)
-    model = script.Model()
-    data = script.encode_domain(TOKENIZER, [(q[:20], sql[:10]) for q, sql in split[0][:8]])
+    model = script.Model(script.Size(vocab_size=2000))
+    data = script.encode_domain(TOKENIZER, [(q[:20], sql[:10]) for q, sql in split[0][:8]], SIZE.context)
     record = script.stage0(model, *data, 0.1, CPU)
-    return model, data, record, script.SimpleNamespace(lr=1e-2, max_angle=90.0, steps=5, batch=4, tail=16)
+    return model, data, record, script.SimpleNamespace(lr=1e-2, max_angle=90.0, steps=5, batch=4, tail=16,
+                                                       anchor_step=2, anchor_weight=0.25)
+
+
+@pytest.fixture
+def anchor(training):
+    """Five windows of seven tokens, and what the model of `training` says there."""
+    return script.record_anchor(training[0], torch.randint(2000, (5, 8)), CPU)
 
 
 def rows_by_hand(targets, batch):
@@ -259,7 +418,7 @@ def rows_by_hand(targets, batch):
 
 
 @pytest.mark.parametrize("method", script.METHODS)
-def test_a_method_scores_its_batch_against_the_rows_of_its_record(method, training, monkeypatch):
+def test_a_method_scores_its_batch_against_the_rows_of_its_record(method, training, anchor, monkeypatch):
     model, data, record, args = training
     batches = list(itertools.islice(script.domain_batches(data[1], args.batch, 3), args.steps))
     replay_loss, full_loss, seen = script.linear_replay_cross_entropy, script.F.linear_cross_entropy, []
@@ -275,19 +434,20 @@ def test_a_method_scores_its_batch_against_the_rows_of_its_record(method, traini
     monkeypatch.setattr(script, "linear_replay_cross_entropy", replaying)
     monkeypatch.setattr(script.F, "linear_cross_entropy", full)
     probed = []
-    out = script.finetune(model, method, data, record, lambda *now: probed.append(now) or 0.25, args, 3, CPU)
+    out = script.finetune(model, method, data, record, lambda *now: probed.append(now) or 0.25, args, 3, CPU, anchor)
     assert len(seen) == args.steps
     for batch, (gold, subsets, tail) in zip(batches, seen):
         rows = rows_by_hand(data[1], batch.tolist())
         assert gold.tolist() == [y for i in batch for y in data[1][i].tolist() if y != script.IGNORE]
-        assert (subsets is None) == method.startswith("full") and (tail is not None) == method.startswith("tail")
+        assert (subsets is None) == method.startswith("full")
+        assert (tail is not None) == method.startswith(("tail", "anchor"))
         if subsets is not None:
             ids = [record.token_ids[record.offsets[t]:record.offsets[t + 1]].tolist() for t in rows]
             assert subsets.token_ids.tolist() == sum(ids, [])
     assert len(probed) == args.steps + 1 and all(now == (model, record) for now in probed)
     assert out["outside_mass_log"] == [[step, 0.25] for step in range(args.steps + 1)]
     sizes = record.subset_sizes.float().mean().item()
-    assert out["subset_size_mean"] == (script.V if method.startswith("full") else sizes)
+    assert out["subset_size_mean"] == (2000 if method.startswith("full") else sizes)
     assert (out["clip_fraction"] is not None) == method.endswith("moclip")
 
 
@@ -339,7 +499,7 @@ def test_a_tail_method_draws_a_new_sample_every_step_the_same_for_the_same_seed(
     sample_tail, drawn = script.sample_tail, []
 
     def sampling(gold, vocab_size, size, **options):
-        assert (vocab_size, size) == (script.V, args.tail)
+        assert (vocab_size, size) == (2000, args.tail)
         tail = sample_tail(torch.zeros_like(gold), vocab_size, size, **options)  # equal golds: only chance differs
         drawn[-1].append(tail.token_ids.tolist())
         return tail
@@ -365,45 +525,87 @@ def test_a_rival_brings_its_own_loss_and_optimizer(training):
     before = weight.detach().clone()
     optimizer = torch.optim.SGD([weight], 1.0)
     args.steps = 1
-    out = script.finetune(model, "replay+moclip", data, record, lambda *now: 0.0, args, 0, CPU, score, optimizer)
+    out = script.finetune(model, "replay+moclip", data, record, lambda *now: 0.0, args, 0, CPU, None, score, optimizer)
     assert calls == [(True, True)] and out["angle_mean_deg"] is None
     moved = before - weight.detach()  # hidden = norm(x) + bias: only the first entry of the bias has a gradient
     assert moved[0] > 0 and not moved[1:].any()
 
 
-def test_the_time_in_the_head_ends_after_its_own_gradient_and_before_the_body_s(training):
-    model, data, record, args = training
-    watch, order = script.Stopwatch(CPU), []
-    hidden, gold = script.scored_hidden(model, *data, CPU)
-
-    def score(hidden, head, gold, rows):
-        W = head[torch.arange(0, script.V, 2)]  # a node of its own, made after `hidden`, as a sampled tail makes one
-        W.grad_fn.register_hook(lambda *_: order.append(("head", len(watch.head_ms))))
-        return (hidden @ W.T).logsumexp(1).mean() + F_linear(hidden, head, gold)
-
-    F_linear = script.F.linear_cross_entropy
-    model.norm.bias.register_hook(lambda _: order.append(("body", len(watch.head_ms))))
-    with watch.step():
-        watch.head(score)(hidden, model.embedding.weight, gold, None).backward()
-    assert order == [("head", 0), ("body", 1)]
-    assert 0 < watch.head_ms[0] < watch.step_ms[0]
-
-
 @pytest.mark.parametrize("method", ["full+adamw", "replay+moclip"])
-def test_every_step_is_timed(method, training, monkeypatch):
+def test_every_step_is_timed_and_nothing_but_the_steps(method, training, monkeypatch):
     model, data, record, args = training
-    watches, Stopwatch = [], script.Stopwatch
-    monkeypatch.setattr(script, "Stopwatch", lambda device: watches.append(Stopwatch(device)) or watches[-1])
+    readings = iter([1, 1.5, 9, 9.25, 20, 21, 30, 30.125, 40, 42])  # seconds, at the start and the end of each step
+    monkeypatch.setattr(script, "clock", lambda device: next(readings))
     out = script.finetune(model, method, data, record, lambda *now: 0.0, args, 0, CPU)
-    watch, = watches
-    assert len(watch.step_ms) == len(watch.head_ms) == args.steps
-    assert all(0 < head < step for head, step in zip(watch.head_ms, watch.step_ms))
-    assert out["head_ms"] == sorted(watch.head_ms)[2] and out["step_ms"] == sorted(watch.step_ms)[2]
-    assert out["steps_s"] == pytest.approx(sum(watch.step_ms) / 1e3)
+    assert next(readings, None) is None
+    assert out["step_ms"] == 500 and out["steps_s"] == 0.5 + 0.25 + 1 + 0.125 + 2
+
+
+def test_the_anchor_adds_its_weighted_kl_on_random_windows_to_the_tail_s_loss(training, anchor, monkeypatch):
+    model, (tokens, targets), record, args = training
+    kl, windows, said = script.linear_replay_kl_div, [], []
+
+    def replaying(hidden, head, subsets):
+        out = kl(hidden, head, subsets)
+        said.append((hidden, subsets, out))
+        return out
+
+    monkeypatch.setattr(script, "linear_replay_kl_div", replaying)
+    sample = script.sample_tail(torch.arange(20), 2000, args.tail)  # one for both methods: only the anchor differs
+    monkeypatch.setattr(script, "sample_tail", lambda *rest, generator: sample)
+    hidden, gold = script.scored_hidden(model, tokens, targets, CPU)
+    head, rows = model.embedding.weight, torch.arange(len(record))
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in moved.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        loss = script.scorer("anchor+adamw", record, args, generator, moved, anchor)(hidden, head, gold, rows)
+        tail = script.scorer("tail+adamw", record, args, generator)(hidden, head, gold, rows)
+        h, subsets, a = said[-1]
+        assert loss.item() == pytest.approx((tail + 0.25 * a).item(), rel=1e-6) and a > 0
+        # two distinct windows, read by the model of now, beside the rows that were recorded at their positions
+        mine = moved(anchor.tokens).detach()
+        two = [w for i in range(2) for w in range(5) if torch.allclose(h[7 * i:7 * i + 7], mine[w], atol=1e-5)]
+        assert len(set(two)) == 2 and len(h) == 14
+        kept = anchor.record.token_ids.split(anchor.record.subset_sizes.tolist())
+        assert subsets.token_ids.tolist() == torch.cat([kept[7 * w + t] for w in two for t in range(7)]).tolist()
+        windows += two
+    assert set(windows) == set(range(5))
+
+
+def test_the_anchor_s_loss_is_the_kl_on_the_recorded_tokens_and_zero_for_the_base(training, anchor):
+    model, _, _, args = training
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in moved.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+        z0, z1 = (m(anchor.tokens).flatten(0, 1) @ m.embedding.weight.T for m in (model, moved))
+        kl = 0.0
+        for t, ids in enumerate(anchor.record.token_ids.split(anchor.record.subset_sizes.tolist())):
+            q0, q1 = z0[t, ids].double().log_softmax(0), z1[t, ids].double().log_softmax(0)
+            kl += (q0.exp() * (q0 - q1)).sum().item() / len(z0)
+        args.anchor_step = 5  # all of them
+        for m, expected in ((moved, kl), (model, 0.0)):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(script, "sample_tail", lambda *_, **__: None)
+                patch.setattr(script, "linear_replay_cross_entropy", lambda *_, **__: 0.0)
+                record = script.SimpleNamespace(select=lambda rows: None)
+                score = script.scorer("anchor+adamw", record, args, torch.Generator(), m, anchor)
+                found = score(None, m.embedding.weight, None, None)
+            assert found.item() == pytest.approx(0.25 * expected, rel=1e-4, abs=1e-6)
+
+
+def test_the_bytes_of_a_position_count_every_tensor(training, anchor):
+    for record, each in ((training[2], 4), (anchor.record, 8)):  # an id, and where it is kept a log-probability
+        size = (each * len(record.token_ids) + 8 * (len(record) + 1) + 4 * len(record)) / len(record)
+        assert script.record_bytes(record) == size
 
 
 @pytest.mark.parametrize("option, value", [
-    ("--tau", "1.5"), ("--tail", "-1"), ("--max-angle", "181"), ("--lr", "nan"), ("--steps", "0"), ("--batch", "0"),
+    ("--tau", "1.5"), ("--tau", "0"), ("--tail", "-1"), ("--anchor", "-1"), ("--anchor-weight", "nan"),
+    ("--max-angle", "181"), ("--anchor-text", "x"), ("--lr", "nan"), ("--steps", "0"), ("--batch", "0"),
     ("--seeds", "-1"), ("--base-seed", "-1"), ("--base-seed", "2147483648"), ("--base-seed", "x"), ("--tail", "0.5")])
 def test_bad_options_are_refused_before_anything_is_computed(option, value, monkeypatch, capsys):
     monkeypatch.setattr(script, "prepare", None)
