@@ -165,13 +165,13 @@ def select(token_ids, log_probs, positions):
 def replay_kl_div(logits, token_ids, log_probs):
     """(losses, gradients): for each position A_t, and its derivative by the logits; both 0 for an empty row.
 
-    q0: the recording model's softmax, renormalized to S_t (a sum of 1).   q1: that of the logits, likewise.
-    dA_t/dz_j = q1_j - q0_j for j in S_t, and 0 elsewhere.
+    q0, q1: softmax of the recording model and of the logits, renormalized to S_t. dA_t/dz_j = q1_j - q0_j in S_t, or 0.
     """
     require(log_probs is not None, "log_probs must be in the record")
     losses, gradients = [], []
     for z, subset, log_p0 in zip(logits, token_ids, log_probs):
-        require(all(x <= 0 for x in log_p0) and math.fsum(map(math.exp, log_p0)) < 1.001, "log_probs must not exceed 1")
+        require(len(log_p0) == len(subset), "log_probs must hold one for each recorded token")
+        require(max(log_p0, default=0) <= 0 and math.fsum(map(math.exp, log_p0)) < 1.01, "log_probs must not exceed 1")
         log_q0, log_q1 = log_softmax(log_p0), log_softmax([z[j] for j in subset])  # which renormalizes both
         losses.append(math.fsum(math.exp(a) * (a - b) for a, b in zip(log_q0, log_q1)))
         gradients.append([0.0] * len(z))

@@ -17,9 +17,10 @@ def lists(x):
 def reductions(loss, incoming, *names):
     """The value and the gradients of a loss in each reduction; `names`: their keys, with {} for the reduction."""
     none, total, mean = loss("none", incoming), loss("sum", 1.0), loss("mean", 1.0)
-    return {"loss_none": none[0], "loss_sum": total[0], "loss_mean": mean[0],
-            **{name.format(reduction): gradient for reduction, result in (("sum", total), ("mean", mean), ("weighted", none))
-               for name, gradient in zip(names, result[1:])}}
+    values = {"loss_none": none[0], "loss_sum": total[0], "loss_mean": mean[0]}
+    for reduction, (_, *gradients) in (("sum", total), ("mean", mean), ("weighted", none)):
+        values |= {name.format(reduction): gradient for name, gradient in zip(names, gradients)}
+    return values
 
 
 def recording(port, case, array):

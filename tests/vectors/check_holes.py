@@ -1,26 +1,22 @@
 """Do the vectors see what can go wrong? Wrong variants of tests/plain_reference.py, each of which a vector must catch.
 
-    python tests/vectors/check_holes.py        prints, for each variant, the first case that catches it
+    cd tests && python -m vectors.check_holes        prints, for each variant, the first case that catches it
 
-A variant is the reference with one or two pieces of its text replaced; f32(x) in it rounds to float32. It is computed
-in float64 and judged by the tolerances of a float64 and of a float32 port; a few errors only one of the two can see.
+A variant is the reference with a few pieces of its text replaced; f32(x) in it rounds to float32. It is computed in
+float64 and judged by the tolerances of a float64 and of a float32 port; a few errors only one of the two can see.
 """
 
 import json
 import math
 import struct
-import sys
 import types
 from pathlib import Path
 
+from vectors import calls, compare, generate, run_port
+
 FOLDER = Path(__file__).parent
-sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
-
-import compare  # noqa: E402  (their folders are on the path only now)
-import generate  # noqa: E402
-
 SOURCE = (FOLDER.parent / "plain_reference.py").read_text()
-STORED = {name: json.loads((FOLDER / name).read_text()) for name in generate.FILES}
+STORED = {name: json.loads((FOLDER / name).read_text()) for name in calls.FILES}
 
 # pieces of the reference that several variants change
 BREAK = "if covered >= tau or len(subset) == max_size:"
@@ -29,10 +25,12 @@ POP = "            if len(subset) == max_size:\n                subset.pop()\n"
 VALID = "require(0 <= y < len(p)"
 OUTSIDE = "return math.fsum(x for j, x in enumerate(p) if j not in inside)"
 SCORED = "if y != ignore_index:\n            require"
+LOSSES = "    losses, gradients = [], []\n    for z, y, subset in"
+SEEN = LOSSES, "    global seen\n    seen = target\n" + LOSSES  # by `mean`
 GRADIENT = "gradient[j] = math.exp(x[j] - largest) / total - (j == y)"
-COUNTED = "counted = sum(y != ignore_index for y in target)"
+COUNTED = "count = sum(counted)"
 NOTHING = "return math.nan, gradients"
-MEAN = "return math.fsum(losses) / counted, [[x / counted for x in row] for row in gradients]"
+MEAN = "return math.fsum(losses) / count, [[x / count for x in row] for row in gradients]"
 ANGLE = "return math.atan2(norm([a - c * b for a, b in zip(u, v)]), c)"
 NORM = "return math.hypot(*x)"
 ZERO = "== 0:\n        return 0.0"
@@ -119,11 +117,11 @@ VARIANTS = {
         ("backward ignores the incoming gradient", BOTH,
          "[[w * x for x in row] for w, row in zip(weights, gradients)]", "gradients"),
         ("incoming gradient of the first position for all", BOTH, "[[w * x for x", "[[weights[0] * x for x"),
-        ("mean with the sum's gradient", BOTH, *within(MEAN, "x / counted", "x")),
-        ("mean is the sum", BOTH, *within(MEAN, "math.fsum(losses) / counted", "math.fsum(losses)")),
-        ("mean over all targets", BOTH, COUNTED, "counted = len(target)"),
-        ("mean over targets that are not -100", BOTH, *within(COUNTED, "ignore_index", "-100")),
+        ("mean with the sum's gradient", BOTH, *within(MEAN, "x / count", "x")),
+        ("mean is the sum", BOTH, *within(MEAN, "math.fsum(losses) / count", "math.fsum(losses)")),
+        ("mean over all targets", BOTH, COUNTED, "count = len(counted)"),
         ("mean of nothing is 0", BOTH, *within(NOTHING, "math.nan", "0.0")),
+        ("mean over targets that are not -100", BOTH, *SEEN, COUNTED, "count = sum(y != -100 for y in seen)"),
         ("the gradient of 0/0 is not a number", BOTH,
          *within(NOTHING, "gradients", "[[math.nan] * len(x) for x in gradients]")),
         ("ignore_index fixed at -100", BOTH, *within(SCORED, "ignore_index", "-100")),
@@ -135,11 +133,11 @@ VARIANTS = {
     ],
     "3_linear_loss.json": [
         ("sum returns the mean", BOTH, "in zip(weights, losses)),", "in zip(weights, losses)) / len(losses),"),
-        ("mean with the sum's gradient", BOTH, *within(MEAN, "x / counted", "x")),
+        ("mean with the sum's gradient", BOTH, *within(MEAN, "x / count", "x")),
         ("backward ignores the incoming gradient", BOTH,
          "[[w * x for x in row] for w, row in zip(weights, gradients)]", "gradients"),
         ("ignore_index fixed at -100", BOTH, *within(SCORED, "ignore_index", "-100")),
-        ("mean over targets that are not -100", BOTH, *within(COUNTED, "ignore_index", "-100")),
+        ("mean over targets that are not -100", BOTH, *SEEN, COUNTED, "count = sum(y != -100 for y in seen)"),
         ("no bias", BOTH, "bias = linear_bias or [0.0]", "bias = [0.0]"),
         ("no gradient of the bias", BOTH, "[math.fsum(dz) for dz in columns]", "[0.0 for dz in columns]"),
         ("gradient of the head by its own rows", BOTH, "zip(dz, input)", "zip(dz, linear_weight)"),
@@ -304,17 +302,13 @@ def variant(pairs):
     return module
 
 
-def catches(name, reference, dtypes=tuple(generate.EPS)):
+def catches(name, reference):
     """{dtype: name of the first case of a file that the reference fails by the tolerances of that dtype}."""
     found = {}
     for case in STORED[name]:
-        for dtype in dtypes:
+        for dtype in compare.EPS:
             if dtype not in found and case.get("dtype") in (None, dtype):
-                try:
-                    got = generate.outputs(name, reference, case, generate.EPS[dtype])["expected"]
-                except (ArithmeticError, LookupError) as error:  # a variant that ends like this is caught, too
-                    got = {"error": repr(error)}
-                if compare.differences(got, case["expected"], generate.EPS[dtype] * case.get("amplification", 1)):
+                if run_port.failures(name, generate.Plain(reference), case, dtype, {}):
                     found[dtype] = case["name"]
     return found
 

@@ -25,13 +25,14 @@ Data comes as numpy arrays in the dtype under test, targets and positions as int
 options as Python numbers, "nothing" as None. Return arrays, lists or numbers; log_probs and d_bias may be None.
 `incoming` is the gradient that comes back to the loss, (N,) for reduction "none", else a number, and d_x the derivative
 of sum(incoming * loss) by x: what jax.vjp, mlx.core.vjp or torch.autograd.grad computes.
-`step(gradients, lr)`, with a list of gradients, None where one is missing, and an lr for each group, returns parameters,
-angle, clipped, and a tuple (step, exp_avg, exp_avg_sq) for each parameter. File 8 is made of the other functions.
+`step(gradients, lr)` gets a list of gradients, None where one is missing, and an lr for each group. It returns the
+parameters, the angles, what is clipped, and for each parameter (step, exp_avg, exp_avg_sq). `lr` is not in `groups`.
+`positions` are the record's rows that make the batch. File 8 is made of the other functions.
 
-Refuse by a ValueError whose message names the argument; REFUSES = False if compiled code cannot: its cases are left out.
-DTYPES = ["float32"] if your framework has no other. A linear form that takes so many rows at a time gets a last argument
-`chunk=None`, and is then tried with chunks of 1, 2 and 3 rows, too. `softmax(logits)` is what record_topk ranks: with it
-`python -m vectors.run_port my_port fuzz` compares 10 000 rows with the plain reference, token for token.
+Refuse by a ValueError whose message names the argument. If compiled code cannot, set REFUSES = False, and those cases
+are left out. DTYPES = ["float32"] if your framework has no other. A linear form that takes so many rows at a time gets
+a last argument `chunk=None`, and is tried with chunks of 1, 2 and 3 rows, too. With softmax(logits), what record_topk
+ranks, `python -m vectors.run_port my_port fuzz` compares 10 000 rows in each dtype with the plain reference.
 """
 
 import importlib
@@ -105,7 +106,7 @@ def main(port, *arguments):
         tried = [] if missing else list(cases(name, port))
         failed = [f"{name}, {case['name']}, {dtype} {chunk or ''}: {lines[0]}" for case, dtype, chunk in tried
                   if (lines := failures(name, port, case, dtype, chunk))]
-        print(f"{name}: " + (f"waits for {missing[0]}" if missing else f"{len(tried) - len(failed)} of {len(tried)} pass"))
+        print(name, f"waits for {missing[0]}" if missing else f"{len(tried) - len(failed)} of {len(tried)} pass")
         wrong += failed
     print(*wrong, sep="\n")
     return not wrong
