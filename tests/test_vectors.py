@@ -204,11 +204,80 @@ def test_every_case_passes(port, name):
             if (wrong := run_port.failures(name, port(), case, dtype, chunk))] == []
 
 
+# ----------------------------------------------------------------------------------------------------------- the runner
+
+class DropsTheLastChunk(generate.Plain):
+    """Right with the default chunk, wrong where the last one is not full."""
+
+    def linear_replay_cross_entropy(self, input, *rest, chunk=None):
+        result = super().linear_replay_cross_entropy(input, *rest)
+        if chunk and len(input) % chunk:
+            result[1][-1] = [0.0] * len(input[0])
+        return result
+
+
+def test_the_runner_tries_small_chunks_where_a_port_has_them(capsys):
+    assert run_port.main(generate.Plain())
+    out = capsys.readouterr().out
+    assert "3_linear_loss.json" in out and "chunk" not in out
+    assert not run_port.main(DropsTheLastChunk())
+    wrong = [line for line in capsys.readouterr().out.splitlines() if "chunk" in line]
+    assert {name for name in STORED if any(line.startswith(name) for line in wrong)} == {
+        "3_linear_loss.json", "7_tail.json"}
+    assert not any("{'chunk': 1}" in line for line in wrong)
+
+
+def test_the_runner_says_what_is_missing_and_leaves_out_what_cannot_be(capsys):
+    class Begun:
+        angle_between, EPS = generate.Plain().angle_between, {"float32": 2.0**-23}
+
+    assert run_port.main(Begun())
+    assert "1_recording.json waits for record_topk" in (out := capsys.readouterr().out)
+    angles = sum(case["dtype"] != "float64" for case in STORED["4_angle.json"])
+    assert f"4_angle.json {angles} of {angles} pass" in out
+    port = generate.Plain()
+    everything = len(list(run_port.cases("2_loss.json", port)))
+    port.REFUSES = False
+    refusals = sum("error" in case["expected"] for case in STORED["2_loss.json"])
+    assert len(list(run_port.cases("2_loss.json", port))) == everything - 2 * refusals
+
+
+def test_the_runner_tells_a_refusal_from_an_error_and_from_silence():
+    case = next(case for case in STORED["2_loss.json"] if case["expected"].get("error") == "target")
+    for raised, wrong in ((ValueError("target 7"), False), (ValueError("math domain error"), True),
+                          (KeyError("target"), True), (None, True)):
+        class Port:
+            def replay_cross_entropy(self, logits, *_):
+                if raised:
+                    raise raised
+                return 0.0, logits
+
+            outside_mass = replay_cross_entropy
+
+        assert bool(run_port.failures("2_loss.json", Port(), case, "float64", {})) == wrong
+
+
+@pytest.mark.parametrize("port", [generate.Plain, Torch])
+def test_the_fuzz_finds_a_running_sum_that_is_off_by_a_bit(port):
+    assert run_port.fuzz(port(), 300) == []
+
+    class Excluded(port):
+        def record_topk(self, logits, target, tau, max_size, ignore_index):
+            """cumsum - p < tau, which is not the sum before p."""
+            p = np.array(calls.lists(self.softmax(logits))[0])
+            order = (-p).argsort(kind="stable")
+            taken = order[(p[order].cumsum() - p[order] < tau)][:max_size].tolist()
+            gold = int(target[0])
+            return [sorted(taken if gold in taken else [*taken[:(max_size or len(p) + 1) - 1], gold])], [], []
+
+    assert 0 < len(run_port.fuzz(Excluded(), 3000)) < 60
+
+
 # -------------------------------------------------------------------------------------------- what the vectors can see
 
 def test_every_wrong_variant_is_caught():
     lines = check_holes.main()
-    assert len(lines) > 150 and all(": caught by " in line for line in lines)
+    assert len(lines) > 240 and all(": caught by " in line for line in lines)
 
 
 def test_a_variant_that_no_vector_sees_is_an_error(monkeypatch):

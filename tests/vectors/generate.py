@@ -168,7 +168,7 @@ def linear_inputs():
         ("refused: gold outside its row", head, [1, *target[1:]], rows),
         ("refused: gold is token 0, outside a row that is filled up", head, [0, *target[1:]], rows),
         ("refused: gold is the last token, outside a row that is filled up", head, [5, *target[1:]], rows),
-        ("refused: a target beyond the vocabulary", head, [6, *target[1:]], rows),
+        ("refused: a target beyond the vocabulary", head, [*target[:-1], 6], rows),
         ("refused: a negative target, the last token if counted from the end", head, [*target[:-1], -1], rows),
     ]
     for name, head, target, rows in cases:
@@ -434,7 +434,7 @@ def anchor_inputs():
          below, None),
         ("large logits: their difference is exact, minus log-sum-exp it is not", [[2.0**20] * 3 + [0.0]], [[0, 1, 2]],
          [[-1.0, -2.0, -3.0]], None),
-        ("refused: a positive log-probability", model, rows, [[-1.0, 0.5, -1.0], *log_p[1:]], None),
+        ("refused: a positive log-probability", model, rows, [log_p[0], [2.0**-8], *log_p[2:]], None),
         ("refused: probabilities of a row that add up to more than 1", model, rows, [[-0.5, -1.0, -0.5], *log_p[1:]],
          None),
         ("refused: a record without log-probabilities", model, rows, None, None),

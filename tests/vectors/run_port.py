@@ -29,10 +29,10 @@ of sum(incoming * loss) by x: what jax.vjp, mlx.core.vjp or torch.autograd.grad 
 parameters, the angles, what is clipped, and for each parameter (step, exp_avg, exp_avg_sq). `lr` is not in `groups`.
 `positions` are the record's rows that make the batch. File 8 is made of the other functions.
 
-Refuse by a ValueError whose message names the argument. If compiled code cannot, set REFUSES = False, and those cases
-are left out. DTYPES = ["float32"] if your framework has no other. A linear form that takes so many rows at a time gets
-a last argument `chunk=None`, and is tried with chunks of 1, 2 and 3 rows, too. With softmax(logits), what record_topk
-ranks, `python -m vectors.run_port my_port fuzz` compares 10 000 rows in each dtype with the plain reference.
+Refuse by a ValueError whose message names the argument; REFUSES = False, where compiled code cannot, leaves that out.
+EPS = {"float32": 2**-23} if there is no other dtype. A linear form that takes its rows in chunks gets a last argument
+`chunk=None`, and is tried with chunks of 1, 2 and 3 rows, too. With softmax(logits), whose result record_topk ranks,
+`python -m vectors.run_port my_port fuzz` compares 10 000 rows of each dtype with the plain reference.
 """
 
 import importlib
@@ -54,11 +54,15 @@ NEEDS = {"1_recording.json": ["record_topk"], "2_loss.json": ["replay_cross_entr
          "9_anchor.json": ["record_topk", "replay_kl_div", "linear_replay_kl_div"]}
 
 
+def eps_of(port):
+    return getattr(port, "EPS", compare.EPS)
+
+
 def cases(name, port):
     """(case, dtype, options) for every case of a file that concerns the port."""
     chunked = any("chunk" in inspect.signature(getattr(port, function)).parameters for function in NEEDS[name])
     for case in json.loads((FOLDER / name).read_text()):
-        for dtype in getattr(port, "DTYPES", compare.EPS):
+        for dtype in eps_of(port):
             refused = "error" in case["expected"] and not getattr(port, "REFUSES", True)
             if case.get("dtype") in (None, dtype) and not refused:
                 for chunk in [{}, *({"chunk": n} for n in (1, 2, 3) if chunked and "linear_weight" in case)]:
@@ -76,14 +80,14 @@ def failures(name, port, case, dtype, chunk):
         return [f"{type(error).__name__}, {error}"]
     if "error" in expected:
         return [f"not refused, although {expected['error']} is bad"]
-    return compare.differences(got, expected, compare.EPS[dtype] * case.get("amplification", 1))
+    return compare.differences(got, expected, eps_of(port)[dtype] * case.get("amplification", 1))
 
 
 def fuzz(port, n=10_000):
     """Rows of which the port records other tokens than the plain reference does from the same probabilities."""
     import plain_reference
     rng, found = np.random.default_rng(0), []
-    for dtype in getattr(port, "DTYPES", compare.EPS):
+    for dtype in eps_of(port):
         for i in range(n):
             V = int(rng.choice([1, 2, 64, 64, 64, 65, 300]))
             z = rng.standard_normal((1, V)).astype(dtype) * rng.choice([0, 1, 5, 8])
