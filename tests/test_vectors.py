@@ -2,49 +2,20 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import plain_reference
-from logits_replay import (ReplayRecord, Tail, linear_replay_cross_entropy, outside_mass, record_topk,
-                           replay_cross_entropy, sample_tail)
+from logits_replay import (ReplayRecord, Tail, linear_replay_cross_entropy, linear_replay_kl_div, outside_mass,
+                           record_topk, replay_cross_entropy, replay_kl_div, sample_tail)
 from moclip import MoClip, angle_between, clip_angle
+from vectors import calls, check_holes, compare, generate, run_port
 
 FOLDER = Path(__file__).parent / "vectors"
-sys.path.insert(0, str(FOLDER))
-import check_holes  # noqa: E402  (their folder is on the path only now)
-import compare  # noqa: E402
-import generate  # noqa: E402
-
-STORED = {name: json.loads((FOLDER / name).read_text()) for name in generate.FILES}
-
-
-def cases(name):
-    """Every case of a file in every dtype that it is meant for."""
-    return pytest.mark.parametrize("case, dtype", [
-        pytest.param(case, getattr(torch, dtype), id=f"{case['name']}-{dtype}")
-        for case in STORED[name] for dtype in generate.EPS if case.get("dtype") in (None, dtype)])
-
-
-def check(got, case, dtype):
-    assert compare.differences(got, case["expected"], torch.finfo(dtype).eps * case.get("amplification", 1)) == []
-
-
-def lists(**tensors):
-    return {name: x if x is None else x.tolist() for name, x in tensors.items()}
-
-
-def record_of(token_ids, V):
-    flat = torch.tensor([j for row in token_ids for j in row], dtype=torch.int32)
-    offsets = torch.tensor([0, *map(len, token_ids)]).cumsum(0)
-    return ReplayRecord(flat, offsets, torch.zeros(len(token_ids)), V, 0.5)
-
-
-def rows_of(record):
-    return [ids.tolist() for ids in record.token_ids.split(record.subset_sizes.tolist())]
+STORED = {name: json.loads((FOLDER / name).read_text()) for name in generate.INPUTS}
 
 
 def assert_same(a, b, where):
@@ -61,17 +32,17 @@ def assert_same(a, b, where):
         assert a == b, where
 
 
-@pytest.mark.parametrize("name", generate.FILES)
+@pytest.mark.parametrize("name", STORED)
 def test_the_file_is_what_the_generator_makes(name):
     assert_same(STORED[name], generate.make(name), name)
 
 
 def test_the_files_are_small_and_no_other_is_there():
-    assert {path.name for path in FOLDER.glob("*.json")} == set(generate.FILES)
+    assert {path.name for path in FOLDER.glob("*.json")} == set(STORED) == set(calls.FILES) == set(run_port.NEEDS)
     assert sum(path.stat().st_size for path in FOLDER.glob("*.json")) < 10**6
 
 
-@pytest.mark.parametrize("name", generate.FILES)
+@pytest.mark.parametrize("name", STORED)
 def test_inputs_are_exact_in_float32(name):
     """But for those that a port holds in float64: tau, angles, options and learning rates."""
     held_wide = {"tau", "max_angle", "betas", "a", "b", "weight_decay", "lr", "expected", "on_the_way"}
@@ -115,153 +86,198 @@ def test_the_comparison_sees_what_differs():
     assert compare.differences({key: want[key] for key in want if key != "n"}, want, 2.0**-52) == ["/n: missing, not 3"]
 
 
-# ------------------------------------------------------------------------------------ the two modules, file after file
+# ----------------------------------------------------------------------------------------------------- the two modules
 
-@cases("1_recording.json")
-def test_recording(case, dtype):
-    call = lambda: record_topk(torch.tensor(case["logits"], dtype=dtype), torch.tensor(case["target"]), case["tau"],
-                               max_size=case["max_size"], ignore_index=case["ignore_index"])
-    if "error" in case["expected"]:
-        with pytest.raises(ValueError, match=case["expected"]["error"]):
-            call()
-        return
-    record = call()
-    check({"token_ids": rows_of(record), **lists(outside_mass=record.outside_mass)}, case, dtype)
+def record_of(token_ids, V, log_probs=None):
+    tensor = lambda rows, dtype: torch.tensor([x for row in rows for x in row], dtype=dtype)
+    log_probs = None if log_probs is None else tensor(log_probs, torch.float32)
+    return ReplayRecord(tensor(token_ids, torch.int32), torch.tensor([0, *map(len, token_ids)]).cumsum(0),
+                        torch.zeros(len(token_ids)), V, 0.5, log_probs)
 
 
-@cases("2_loss.json")
-def test_loss(case, dtype):
-    logits, target = torch.tensor(case["logits"], dtype=dtype, requires_grad=True), torch.tensor(case["target"])
-    record = record_of(case["token_ids"], logits.shape[1])
-    loss = lambda reduction: replay_cross_entropy(logits, target, record, ignore_index=case["ignore_index"],
-                                                  reduction=reduction)
-    if "error" in case["expected"]:
-        with pytest.raises(ValueError, match=case["expected"]["error"]):
-            loss("none")
-        return
-    gradient = lambda reduction, *incoming: torch.autograd.grad(loss(reduction), logits, *incoming)[0]
-    check(lists(loss_none=loss("none"), loss_sum=loss("sum"), loss_mean=loss("mean"), gradient_of_sum=gradient("sum"),
-                gradient_of_mean=gradient("mean"),
-                gradient_of_weighted=gradient("none", torch.tensor(case["incoming"], dtype=dtype)),
-                outside_mass=outside_mass(logits.detach(), record)), case, dtype)
+class Torch:
+    """This project as a port."""
+
+    def record_topk(self, logits, target, tau, max_size, ignore_index):
+        record = record_topk(torch.tensor(logits), torch.tensor(target), tau, max_size=max_size,
+                             ignore_index=ignore_index, keep_log_probs=True)
+        rows = lambda x: [row.tolist() for row in x.split(record.subset_sizes.tolist())]
+        return rows(record.token_ids), record.outside_mass, rows(record.log_probs)
+
+    def softmax(self, logits):
+        return torch.tensor(logits).softmax(1)
+
+    def outside_mass(self, logits, token_ids):
+        return outside_mass(torch.tensor(logits), record_of(token_ids, logits.shape[1]))
+
+    def differentiated(self, loss, incoming, *arrays):
+        """The loss of these arrays, some of them None, and its derivative by each."""
+        leaves = [None if x is None else torch.tensor(x, requires_grad=True) for x in arrays]
+        value, given = loss(*leaves), [x for x in leaves if x is not None]
+        gradients = iter(torch.autograd.grad(value, given, torch.tensor(incoming, dtype=value.dtype)))
+        return value.detach(), *(None if x is None else next(gradients) for x in leaves)
+
+    def replay_cross_entropy(self, logits, target, token_ids, ignore_index, reduction, incoming):
+        loss = lambda z: replay_cross_entropy(z, torch.tensor(target), record_of(token_ids, logits.shape[1]),
+                                              ignore_index=ignore_index, reduction=reduction)
+        return self.differentiated(loss, incoming, logits)
+
+    def linear_replay_cross_entropy(self, input, linear_weight, linear_bias, target, token_ids, ignore_index, tail,
+                                    reduction, incoming):
+        target, record = torch.tensor(target), record_of(token_ids, len(linear_weight))
+        tail = None if tail is None else Tail(*map(torch.as_tensor, tail))
+        loss = lambda h, W, bias: self.cross_entropy(h, W, bias, target, record, tail=tail, ignore_index=ignore_index,
+                                                     reduction=reduction)
+        return self.differentiated(loss, incoming, input, linear_weight, linear_bias)
+
+    def cross_entropy(self, h, W, bias, *rest, **options):
+        return linear_replay_cross_entropy(h, W, *rest, linear_bias=bias, **options)
+
+    def kl_div(self, h, W, bias, *rest, **options):
+        return linear_replay_kl_div(h, W, *rest, linear_bias=bias, **options)
+
+    def replay_kl_div(self, logits, token_ids, log_probs, positions, reduction, incoming):
+        record = record_of(token_ids, logits.shape[1], log_probs).select(positions)
+        return self.differentiated(lambda z: replay_kl_div(z, record, reduction=reduction), incoming, logits)
+
+    def linear_replay_kl_div(self, input, linear_weight, linear_bias, token_ids, log_probs, positions, reduction,
+                             incoming):
+        record = record_of(token_ids, len(linear_weight), log_probs).select(positions)
+        loss = lambda h, W, bias: self.kl_div(h, W, bias, record, reduction=reduction)
+        return self.differentiated(loss, incoming, input, linear_weight, linear_bias)
+
+    def sample_tail(self, chosen, target, vocab_size, ignore_index):
+        """Drawn again and again, until the chosen tokens come."""
+        generator, golds = torch.Generator().manual_seed(0), {*target.tolist()} - {ignore_index}
+        for _ in range(10**5):
+            tail = sample_tail(torch.tensor(target), vocab_size, len(chosen), ignore_index=ignore_index,
+                               generator=generator)
+            if sorted({*tail.token_ids.tolist()} - golds) == chosen:
+                return tail
+        raise AssertionError(chosen)
+
+    def angle_between(self, u, v):
+        return angle_between(torch.tensor(u), torch.tensor(v))
+
+    def clip_angle(self, grad, momentum, max_angle):
+        return clip_angle(torch.tensor(grad), torch.tensor(momentum), max_angle)
+
+    def moclip(self, groups, max_angle, scope):
+        options = ("betas", "a", "b", "weight_decay")
+        groups = [{key: group[key] for key in options} | {"params": [torch.nn.Parameter(torch.tensor(p))
+                  for p in group["parameters"]]} for group in groups]
+        optimizer, params = MoClip(groups, max_angle=max_angle, scope=scope), [p for g in groups for p in g["params"]]
+
+        def step(gradients, lrs):
+            for group, lr in zip(optimizer.param_groups, lrs):
+                group["lr"] = lr
+            for p, g in zip(params, gradients):
+                p.grad = None if g is None else torch.as_tensor(g).clone()
+            before = [optimizer.last_angle, optimizer.last_clipped]
+            optimizer.step()
+            report = [optimizer.last_angle, optimizer.last_clipped]
+            if all(g is None for g in gradients):  # nothing happened, and the report stays that of the step before
+                assert all(map(torch.equal, report, before))
+                report = [torch.zeros(0)] * 2
+            state = [[optimizer.state[p].get(key, torch.zeros_like(p)) for key in ("step", "exp_avg", "exp_avg_sq")]
+                     for p in params]
+            return ([p.detach().numpy() for p in params], *(x.flatten() for x in report), state)
+        return step
 
 
-def linear_outputs(case, dtype, dense=False, **options):
-    """What the linear form, or `replay_cross_entropy` of the dense logits, makes of a case of file 3 or 7."""
-    names = ["input", "linear_weight"] + ["linear_bias"] * (case["linear_bias"] is not None)
-    h, W, *bias = leaves = [torch.tensor(case[name], dtype=dtype, requires_grad=True) for name in names]
-    target, record = torch.tensor(case["target"]), record_of(case["token_ids"], len(W))
-    options |= dict(ignore_index=case["ignore_index"])
+class Dense(Torch):
+    """The linear forms replaced by those that take logits."""
 
-    def loss(reduction):
-        if dense:
-            return replay_cross_entropy(h @ W.T + sum(bias), target, record, reduction=reduction, **options)
-        return linear_replay_cross_entropy(h, W, target, record, linear_bias=bias[0] if bias else None,
-                                           reduction=reduction, **options)
+    def cross_entropy(self, h, W, bias, *rest, **options):
+        return replay_cross_entropy(h @ W.T + (0 if bias is None else bias), *rest, **options)
 
-    got = lists(loss_none=loss("none"), loss_sum=loss("sum"), loss_mean=loss("mean"))
-    weighted = (loss("none") * torch.tensor(case["incoming"], dtype=dtype)).sum()
-    for reduction, value in (("mean", loss("mean")), ("weighted", weighted)):
-        gradients = [*torch.autograd.grad(value, leaves), None]
-        for name, gradient in zip(("input", "weight", "bias"), gradients):
-            got |= lists(**{f"d_{reduction}_d_{name}": gradient})
-    return got
+    def kl_div(self, h, W, bias, *rest, **options):
+        return replay_kl_div(h @ W.T + (0 if bias is None else bias), *rest, **options)
 
 
-@cases("3_linear_loss.json")
-def test_linear_loss(case, dtype):
-    check(linear_outputs(case, dtype), case, dtype)
-    check(linear_outputs(case, dtype, dense=True), case, dtype)
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("port", [generate.Plain, Torch, Dense])
+def test_every_case_passes(port, name):
+    tried = list(run_port.cases(name, port()))
+    assert len(tried) >= len(STORED[name])
+    assert [(case["name"], dtype, wrong) for case, dtype, chunk in tried
+            if (wrong := run_port.failures(name, port(), case, dtype, chunk))] == []
 
 
-@cases("4_angle.json")
-def test_angle(case, dtype):
-    u, v = torch.tensor(case["u"], dtype=dtype), torch.tensor(case["v"], dtype=dtype)
-    check(lists(angle=angle_between(u, v)), case, dtype)
+# ----------------------------------------------------------------------------------------------------------- the runner
+
+class DropsTheLastChunk(generate.Plain):
+    """Right with the default chunk, wrong where the last one is not full."""
+
+    def linear_replay_cross_entropy(self, input, *rest, chunk=None):
+        result = super().linear_replay_cross_entropy(input, *rest)
+        if chunk and len(input) % chunk:
+            result[1][-1] = [0.0] * len(input[0])
+        return result
 
 
-@cases("5_rotation.json")
-def test_rotation(case, dtype):
-    g, m = torch.tensor(case["grad"], dtype=dtype), torch.tensor(case["momentum"], dtype=dtype)
-    check(lists(rotated=clip_angle(g, m, case["max_angle"])), case, dtype)
+def test_the_runner_tries_small_chunks_where_a_port_has_them(capsys):
+    assert run_port.main(generate.Plain())
+    out = capsys.readouterr().out
+    assert "3_linear_loss.json" in out and "chunk" not in out
+    assert not run_port.main(DropsTheLastChunk())
+    wrong = [line for line in capsys.readouterr().out.splitlines() if "chunk" in line]
+    assert {name for name in STORED if any(line.startswith(name) for line in wrong)} == {
+        "3_linear_loss.json", "7_tail.json"}
+    assert not any("{'chunk': 1}" in line for line in wrong)
 
 
-@cases("6_moclip.json")
-def test_moclip(case, dtype):
-    groups = [{**group, "params": [torch.nn.Parameter(torch.tensor(w, dtype=dtype)) for w in group["parameters"]]}
-              for group in case["groups"]]
-    params = [p for group in groups for p in group["params"]]
-    optimizer = MoClip([{key: value for key, value in group.items() if key != "parameters"} for group in groups],
-                       max_angle=case["max_angle"], scope=case["scope"])
-    steps = []
-    for step in case["steps"]:
-        for group, lr in zip(optimizer.param_groups, step["lr"]):
-            group["lr"] = lr
-        for p, g in zip(params, step["gradients"]):
-            p.grad = None if g is None else torch.tensor(g, dtype=dtype)
-        before = [optimizer.last_angle, optimizer.last_clipped]
-        optimizer.step()
-        report = [optimizer.last_angle, optimizer.last_clipped]
-        if all(g is None for g in step["gradients"]):  # nothing happened, and the report stays that of the step before
-            assert all(map(torch.equal, report, before))
-            report = [torch.zeros(0)] * 2
-        steps.append({**lists(angle=report[0].flatten(), clipped=report[1].flatten()),
-                      "parameters": [p.tolist() for p in params]})
-    final = [{key: optimizer.state[p][key].tolist() for key in ("step", "exp_avg", "exp_avg_sq")} for p in params]
-    check({"steps": steps, "final": final}, case, dtype)
+def test_the_runner_says_what_is_missing_and_leaves_out_what_cannot_be(capsys):
+    class Begun:
+        angle_between, EPS = generate.Plain().angle_between, {"float32": 2.0**-23}
+
+    assert run_port.main(Begun())
+    assert "1_recording.json waits for record_topk" in (out := capsys.readouterr().out)
+    angles = sum(case["dtype"] != "float64" for case in STORED["4_angle.json"])
+    assert f"4_angle.json {angles} of {angles} pass" in out
+    port = generate.Plain()
+    everything = len(list(run_port.cases("2_loss.json", port)))
+    port.REFUSES = False
+    refusals = sum("error" in case["expected"] for case in STORED["2_loss.json"])
+    assert len(list(run_port.cases("2_loss.json", port))) == everything - 2 * refusals
 
 
-def drawn_tail(chosen, target, V, ignore_index):
-    """`sample_tail`, again and again, until it draws the chosen tokens."""
-    generator, golds = torch.Generator().manual_seed(0), set(target) - {ignore_index}
-    for _ in range(10**5):
-        tail = sample_tail(torch.tensor(target), V, len(chosen), ignore_index=ignore_index, generator=generator)
-        if sorted(set(tail.token_ids.tolist()) - golds) == chosen:
-            return tail
-    raise AssertionError(chosen)
+def test_the_runner_tells_a_refusal_from_an_error_and_from_silence():
+    case = next(case for case in STORED["2_loss.json"] if case["expected"].get("error") == "target")
+    for raised, wrong in ((ValueError("target 7"), False), (ValueError("math domain error"), True),
+                          (KeyError("target"), True), (None, True)):
+        class Port:
+            def replay_cross_entropy(self, logits, *_):
+                if raised:
+                    raise raised
+                return 0.0, logits
+
+            outside_mass = replay_cross_entropy
+
+        assert bool(run_port.failures("2_loss.json", Port(), case, "float64", {})) == wrong
 
 
-@cases("7_tail.json")
-def test_tail(case, dtype):
-    if case["tail"] is None:
-        tail = drawn_tail(case["chosen"], case["target"], len(case["linear_weight"]), case["ignore_index"])
-    else:
-        tail = Tail(torch.tensor(case["tail"]["token_ids"]), torch.tensor(case["tail"]["log_weight"]))
-    for dense in (False, True):
-        check({**linear_outputs(case, dtype, dense, tail=tail), "tail": lists(**tail._asdict())}, case, dtype)
+@pytest.mark.parametrize("port", [generate.Plain, Torch])
+def test_the_fuzz_finds_a_running_sum_that_is_off_by_a_bit(port):
+    assert run_port.fuzz(port(), 300) == []
 
+    class Excluded(port):
+        def record_topk(self, logits, target, tau, max_size, ignore_index):
+            """cumsum - p < tau, which is not the sum before p."""
+            p = np.array(calls.lists(self.softmax(logits))[0])
+            order = (-p).argsort(kind="stable")
+            taken = order[(p[order].cumsum() - p[order] < tau)][:max_size].tolist()
+            gold = int(target[0])
+            return [sorted(taken if gold in taken else [*taken[:(max_size or len(p) + 1) - 1], gold])], [], []
 
-@cases("8_end_to_end.json")
-def test_end_to_end(case, dtype):
-    x, target = torch.tensor(case["input"], dtype=dtype), torch.tensor(case["target"])
-    ignore_index = case["ignore_index"]
-    params = {name: torch.nn.Parameter(torch.tensor(case[name], dtype=dtype)) for name in ("body", "head", "bias")}
-    body, head, bias = params.values()
-    options = {name: case[name] for name in ("max_angle", "scope", "betas", "a", "b", "weight_decay")}
-    optimizer = MoClip([body, head, bias], **options)
-    logits = lambda: (x @ body.T @ head.T + bias).detach()
-    record, steps = record_topk(logits(), target, case["tau"], ignore_index=ignore_index), []
-    for step in case["steps"]:
-        optimizer.param_groups[0]["lr"] = step["lr"]
-        tail = None
-        if step["chosen"] is not None:
-            tail = drawn_tail(step["chosen"], case["target"], len(head), ignore_index)
-        loss = linear_replay_cross_entropy(x @ body.T, head, target, record, linear_bias=bias, tail=tail,
-                                           ignore_index=ignore_index)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        report = lists(loss=loss, angle=optimizer.last_angle.reshape(-1), clipped=optimizer.last_clipped.reshape(-1))
-        steps.append({**report, **lists(**params), "tail": tail and lists(**tail._asdict())})
-    masses = lists(outside_mass=record.outside_mass, outside_mass_at_the_end=outside_mass(logits(), record))
-    check({"token_ids": rows_of(record), "steps": steps, **masses}, case, dtype)
+    assert 0 < len(run_port.fuzz(Excluded(), 3000)) < 60
 
 
 # -------------------------------------------------------------------------------------------- what the vectors can see
 
 def test_every_wrong_variant_is_caught():
     lines = check_holes.main()
-    assert len(lines) > 150 and all(": caught by " in line for line in lines)
+    assert len(lines) > 240 and all(": caught by " in line for line in lines)
 
 
 def test_a_variant_that_no_vector_sees_is_an_error(monkeypatch):

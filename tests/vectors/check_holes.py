@@ -1,26 +1,22 @@
 """Do the vectors see what can go wrong? Wrong variants of tests/plain_reference.py, each of which a vector must catch.
 
-    python tests/vectors/check_holes.py        prints, for each variant, the first case that catches it
+    cd tests && python -m vectors.check_holes        prints, for each variant, the first case that catches it
 
-A variant is the reference with one or two pieces of its text replaced; f32(x) in it rounds to float32. It is computed
-in float64 and judged by the tolerances of a float64 and of a float32 port; a few errors only one of the two can see.
+A variant is the reference with a few pieces of its text replaced; f32(x) in it rounds to float32. It is computed in
+float64 and judged by the tolerances of a float64 and of a float32 port; a few errors only one of the two can see.
 """
 
 import json
 import math
 import struct
-import sys
 import types
 from pathlib import Path
 
+from vectors import calls, compare, generate, run_port
+
 FOLDER = Path(__file__).parent
-sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
-
-import compare  # noqa: E402  (their folders are on the path only now)
-import generate  # noqa: E402
-
 SOURCE = (FOLDER.parent / "plain_reference.py").read_text()
-STORED = {name: json.loads((FOLDER / name).read_text()) for name in generate.FILES}
+STORED = {name: json.loads((FOLDER / name).read_text()) for name in calls.FILES}
 
 # pieces of the reference that several variants change
 BREAK = "if covered >= tau or len(subset) == max_size:"
@@ -29,10 +25,18 @@ POP = "            if len(subset) == max_size:\n                subset.pop()\n"
 VALID = "require(0 <= y < len(p)"
 OUTSIDE = "return math.fsum(x for j, x in enumerate(p) if j not in inside)"
 SCORED = "if y != ignore_index:\n            require"
+LOSS = "loss = (largest - z[y]) + math.log(total)"
+LARGEST = "largest = max(x.values())"
+TOTAL = "total = math.fsum(math.exp(x[j] - largest) for j in x)"
+IN_ROW = "require(y in subset, "
+EMPTY = "loss, gradient = 0.0, [0.0] * len(z)"
+TAIL_IDS = "require(list(tail[0]) == sorted({j for j in tail[0] if 0 <= j < len(z)})"
+LOSSES = "    losses, gradients = [], []\n    for z, y, subset in"
+SEEN = LOSSES, "    global seen\n    seen = target\n" + LOSSES  # by `mean`
 GRADIENT = "gradient[j] = math.exp(x[j] - largest) / total - (j == y)"
-COUNTED = "counted = sum(y != ignore_index for y in target)"
+COUNTED = "count = sum(counted)"
 NOTHING = "return math.nan, gradients"
-MEAN = "return math.fsum(losses) / counted, [[x / counted for x in row] for row in gradients]"
+MEAN = "return math.fsum(losses) / count, [[x / count for x in row] for row in gradients]"
 ANGLE = "return math.atan2(norm([a - c * b for a, b in zip(u, v)]), c)"
 NORM = "return math.hypot(*x)"
 ZERO = "== 0:\n        return 0.0"
@@ -50,6 +54,14 @@ BEFORE = "before = 0.0 if antiparallel else m[k]"
 C1C2 = 'c1, c2 = 1 - beta1 ** p["step"], 1 - beta2 ** p["step"]'
 V = "v[k] = beta2 * v[k] + (1 - beta2) * x * x"
 DECAY = 'decay = 1 - o["lr"] * o["weight_decay"]'
+LOG_Q = "log_q0, log_q1 = log_softmax(log_p0), log_softmax([z[j] for j in subset])"
+KL = "losses.append(math.fsum(math.exp(a) * (a - b) for a, b in zip(log_q0, log_q1)))"
+KL_GRADIENT = "gradients[-1][j] = math.exp(b) - math.exp(a)"
+KL_LOOP = "    losses, gradients = [], []\n    for z, subset, log_p0 in"
+KL_SEEN = KL_LOOP, "    global seen\n    seen = token_ids\n" + KL_LOOP  # by `mean`
+LOG_SOFTMAX = "return [(x - largest) - math.log(total) for x in z]"
+RECORDED = "[[log_p[j] for j in subset]"
+PICKED = "return [token_ids[t] for t in positions], [log_probs[t] for t in positions]"
 UPDATE = 'math.atan2(m[k] / c1, o["b"] * math.sqrt(v[k] / c2))'
 GOLDS = "golds = {y for y in target if y != ignore_index}"
 UNION = "R = sorted(golds | set(chosen))"
@@ -67,7 +79,45 @@ def clear(condition):
                         '            p["exp_avg"][:] = [0.0] * len(p["exp_avg"])\n'
 
 
+def filled(value):
+    """Short rows filled up to the longest with tokens of that logit."""
+    return (LARGEST, f"pad = [{value}] * (max(map(len, token_ids)) - len(subset))\n"
+                     "            largest = max([*x.values(), *pad])",
+            TOTAL, TOTAL + " + math.fsum(math.exp(x - largest) for x in pad)")
+
+
+def chunks(n):
+    """The last rows, too few for a chunk of n, are dropped."""
+    return within(SCORED, "y != ignore_index", f"y != ignore_index and len(losses) < len(logits) // {n} * {n}")
+
+
 BOTH, WIDE, NARROW = ("float64", "float32"), ("float64",), ("float32",)
+
+# of each of the three losses that read targets
+OF_TARGETS = [
+    ("log-sum-exp minus the gold logit", WIDE, LOSS, "loss = (largest + math.log(total)) - z[y]"),
+    ("log-sum-exp minus the gold logit, in float32", BOTH, LOSS,
+     "loss = f32(f32(largest + f32(math.log(total))) - z[y])"),
+    ("short rows filled up with logits of -10^4", BOTH, *filled("-1e4")),
+    ("short rows filled up with logits of -10^9", BOTH, *filled("-1e9")),
+    ("gold outside its row taken", BOTH, IN_ROW, "require(True, "),
+]
+# of those without a tail
+OF_ROWS = [
+    *OF_TARGETS,
+    ("gold 0 is found in the filling of a short row", BOTH, IN_ROW,
+     "require(y in subset or y == 0 and len(subset) < max(map(len, token_ids)), "),
+    ("the last token is found in the filling of a short row", BOTH, IN_ROW,
+     "require(y in subset or y == len(z) - 1 and len(subset) < max(map(len, token_ids)), "),
+    ("a target beyond the vocabulary is clamped", BOTH, IN_ROW, "y = min(y, len(z) - 1)\n            " + IN_ROW),
+    ("negative targets count from the end", BOTH, IN_ROW, "y = y % len(z)\n            " + IN_ROW),
+]
+# of the linear forms
+OF_CHUNKS = [
+    ("head's gradient of the last two rows only", BOTH, "zip(dz, input)", "[*zip(dz, input)][(len(dz) - 1) // 2 * 2:]"),
+    ("bias's gradient of the last two rows only", BOTH, "[math.fsum(dz) for",
+     "[math.fsum(dz[(len(dz) - 1) // 2 * 2:]) for"),
+]
 
 # {file that must catch them: [(name, dtypes whose tolerances catch it, old, new, old, new, ...)]}
 VARIANTS = {
@@ -106,6 +156,17 @@ VARIANTS = {
         ("outside = 1 - inside", BOTH, OUTSIDE, "return 1 - math.fsum(p[j] for j in subset)"),
         ("outside counts gold", BOTH, "mass_outside(p, subset))", "mass_outside(p, [j for j in subset if j != y]))"),
         ("softmax without the maximum", BOTH, "largest = max(z)", "largest = 0.0"),
+        ("softmax in float32", WIDE, "return [x / total for x in exponentials]",
+         "return [f32(x / total) for x in exponentials]"),
+        ("ranked by float32 probabilities", WIDE, "(-p[j], j))", "(-f32(p[j]), j))"),
+        ("ranked by logits", NARROW, "import math", "import math\nseen = []", "largest = max(z)",
+         "seen.append(z)\n    largest = max(z)", "for p, y in zip(probabilities, target):",
+         "for p, y, z in zip(probabilities, target, seen[-len(target):]):", "(-p[j], j))", "(-z[j], j))"),
+        ("running sum with the token, less the token", WIDE, *within(BREAK, "covered", "covered + p[j] - p[j]")),
+        ("running sum that is rounded once", WIDE, "covered += p[j]", "covered = math.fsum(p[i] for i in subset)"),
+        ("what is left of tau, until it is 0", WIDE, START, "subset, covered = [], -tau", *within(BREAK, "tau", "0")),
+        ("K equal tokens have K times the probability", WIDE, "covered += p[j]",
+         "covered = len(subset) * p[j] if p[subset[0]] == p[j] else covered + p[j]"),
     ],
     "2_loss.json": [
         ("the full softmax", BOTH, "x = {j: z[j] for j in subset}", "x = dict(enumerate(z))"),
@@ -119,31 +180,37 @@ VARIANTS = {
         ("backward ignores the incoming gradient", BOTH,
          "[[w * x for x in row] for w, row in zip(weights, gradients)]", "gradients"),
         ("incoming gradient of the first position for all", BOTH, "[[w * x for x", "[[weights[0] * x for x"),
-        ("mean with the sum's gradient", BOTH, *within(MEAN, "x / counted", "x")),
-        ("mean is the sum", BOTH, *within(MEAN, "math.fsum(losses) / counted", "math.fsum(losses)")),
-        ("mean over all targets", BOTH, COUNTED, "counted = len(target)"),
-        ("mean over targets that are not -100", BOTH, *within(COUNTED, "ignore_index", "-100")),
+        ("mean with the sum's gradient", BOTH, *within(MEAN, "x / count", "x")),
+        ("mean is the sum", BOTH, *within(MEAN, "math.fsum(losses) / count", "math.fsum(losses)")),
+        ("mean over all targets", BOTH, COUNTED, "count = len(counted)"),
         ("mean of nothing is 0", BOTH, *within(NOTHING, "math.nan", "0.0")),
+        ("mean over targets that are not -100", BOTH, *SEEN, COUNTED, "count = sum(y != -100 for y in seen)"),
         ("the gradient of 0/0 is not a number", BOTH,
          *within(NOTHING, "gradients", "[[math.nan] * len(x) for x in gradients]")),
         ("ignore_index fixed at -100", BOTH, *within(SCORED, "ignore_index", "-100")),
         ("negative targets always ignored", BOTH, *within(SCORED, "ignore_index", "ignore_index and y >= 0")),
         ("only empty rows are ignored", BOTH, *within(SCORED, "y != ignore_index", "subset")),
-        ("gold outside its row taken", BOTH, "require(y in subset, ", "require(True, "),
+        *OF_ROWS,
         ("outside mass of an empty row is 1", BOTH, " if subset else 0.0 for z", " for z"),
         ("outside = 1 - inside", BOTH, OUTSIDE, "return 1 - math.fsum(p[j] for j in subset)"),
     ],
     "3_linear_loss.json": [
         ("sum returns the mean", BOTH, "in zip(weights, losses)),", "in zip(weights, losses)) / len(losses),"),
-        ("mean with the sum's gradient", BOTH, *within(MEAN, "x / counted", "x")),
+        ("mean with the sum's gradient", BOTH, *within(MEAN, "x / count", "x")),
         ("backward ignores the incoming gradient", BOTH,
          "[[w * x for x in row] for w, row in zip(weights, gradients)]", "gradients"),
         ("ignore_index fixed at -100", BOTH, *within(SCORED, "ignore_index", "-100")),
-        ("mean over targets that are not -100", BOTH, *within(COUNTED, "ignore_index", "-100")),
+        ("mean over targets that are not -100", BOTH, *SEEN, COUNTED, "count = sum(y != -100 for y in seen)"),
         ("no bias", BOTH, "bias = linear_bias or [0.0]", "bias = [0.0]"),
         ("no gradient of the bias", BOTH, "[math.fsum(dz) for dz in columns]", "[0.0 for dz in columns]"),
         ("gradient of the head by its own rows", BOTH, "zip(dz, input)", "zip(dz, linear_weight)"),
         ("gradient of the input of one token only", BOTH, "zip(dz, linear_weight)", "[*zip(dz, linear_weight)][:1]"),
+        *OF_ROWS,
+        *OF_CHUNKS,
+        ("the last row is dropped if their number is odd", BOTH, *chunks(2)),
+        ("the rows beyond a multiple of three are dropped", BOTH, *chunks(3)),
+        ("two rows without any token are 0/0", BOTH, EMPTY,
+         EMPTY.replace("0.0,", "0.0 if any(token_ids[len(losses) // 2 * 2:][:2]) else math.nan,")),
     ],
     "4_angle.json": [
         ("arccos", WIDE, ANGLE, "return math.acos(max(-1.0, min(1.0, c)))"),
@@ -240,6 +307,8 @@ VARIANTS = {
         ("epsilon of 1e-30 under the root", BOTH, *within(UPDATE, "c2))", "c2 + 1e-30))")),
         ("no bias corrections", BOTH, C1C2, "c1, c2 = 1.0, 1.0"),
         ("bias corrections of the step before", BOTH, *within(C1C2, 'p["step"]', 'max(1, p["step"] - 1)')),
+        ("parameters with a gradient have the options of the first ones", BOTH, "zip(parameters, options) if p",
+         'zip([p for p in parameters if p["gradient"] is not None], options) if p'),
         ("bias corrections in float32", BOTH, C1C2,
          'c1, c2 = (f32(1 - f32(f32(beta) ** p["step"])) for beta in (beta1, beta2))'),
         ("1 - beta2 in float32", BOTH, *within(V, "(1 - beta2)", "f32(1 - f32(beta2))")),
@@ -276,11 +345,92 @@ loss, gradient = 0.0, [0.0] * len(z)
 """),
         ("no gradient to R", BOTH, "for j in x:\n                grad", "for j in subset:\n                grad"),
         ("gradient without the weights", BOTH, *within(GRADIENT, "x[j]", "z[j]")),
+        *OF_TARGETS,
+        *OF_CHUNKS,
+        ("the last row is dropped if their number is odd", BOTH, *chunks(2)),
+        ("gold outside its row taken, if in the tail", BOTH, IN_ROW, "require(y in [*subset, *tail[0]], "),
+        ("recorded tokens of the tail masked with logits of -10^9", BOTH, LARGEST, """\
+pad = [-1e9 for j in tail[0] if j in subset]
+            largest = max([*x.values(), *pad])""", TOTAL, TOTAL + " + math.fsum(math.exp(x - largest) for x in pad)"),
+        ("a tail out of order taken", BOTH, *within(TAIL_IDS, "list(tail[0])", "sorted(tail[0])")),
+        ("a token twice in the tail taken", BOTH, TAIL_IDS, TAIL_IDS.replace("{", "[").replace("}", "]")),
+        ("a tail beyond the vocabulary is clamped", BOTH, TAIL_IDS,
+         "tail = [min(j, len(z) - 1) for j in tail[0]], tail[1]\n        " + TAIL_IDS),
+        ("negative tokens of the tail count from the end", BOTH, *within(TAIL_IDS, "0 <=", "-len(z) <=")),
     ],
     "8_end_to_end.json": [
         ("outside mass of function 2 in float32", WIDE, "return [mass_outside(softmax(z), subset) if",
          "return [f32(mass_outside(softmax(z), subset)) if"),
         ("outside mass at the end of an empty row is 1", BOTH, " if subset else 0.0 for z", " for z"),
+    ],
+    "9_anchor.json": [
+        ("the record renormalized to the row", BOTH, RECORDED, "[log_softmax([log_p[j] for j in subset])"),
+        ("the record by rank", BOTH, RECORDED, "[[log_p[j] for j in sorted(subset, key=lambda j: -log_p[j])]"),
+        ("the record holds probabilities", BOTH, RECORDED, "[[math.exp(log_p[j]) for j in subset]"),
+        ("the record in bits", BOTH, RECORDED, "[[log_p[j] / math.log(2) for j in subset]"),
+        ("the record of logits less their maximum", BOTH, RECORDED, "[[log_p[j] - max(log_p) for j in subset]"),
+        ("the record of probabilities at least 1e-38", BOTH, RECORDED, "[[max(log_p[j], -87.5) for j in subset]"),
+        ("p0 not renormalized", BOTH, *within(LOG_Q, "log_softmax(log_p0)", "log_p0")),
+        ("p1 not renormalized", BOTH, LOG_Q,
+         "log_q0, log_q1 = log_softmax(log_p0), [log_softmax(z)[j] for j in subset]"),
+        ("neither renormalized", BOTH, LOG_Q, "log_q0, log_q1 = log_p0, [log_softmax(z)[j] for j in subset]"),
+        ("p0 renormalized as if it were logits of all tokens", BOTH,
+         *within(LOG_Q, "log_softmax(log_p0)", "log_softmax([*log_p0, *[0.0] * (len(z) - len(subset))])")),
+        ("the KL the other way round", BOTH, *within(KL, "math.exp(a) * (a - b)", "math.exp(b) * (b - a)")),
+        ("cross-entropy: the entropy of q0 is missing", BOTH, *within(KL, "(a - b)", "-b")),
+        ("squared differences of the logarithms", BOTH, *within(KL, "(a - b)", "(a - b) ** 2")),
+        ("in bits", BOTH, *within(KL, "(a - b)", "(a - b) / math.log(2)")),
+        ("a temperature of 2", BOTH, *within(LOG_Q, "[z[j] for", "[z[j] / 2 for")),
+        ("log q1 at least log 1e-12", BOTH, *within(KL, "(a - b)", "(a - max(b, math.log(1e-12)))")),
+        ("q0 log q0 with a q0 of 0", BOTH, *within(KL, "(a - b)", "(math.log(math.exp(a)) - b)")),
+        ("divided by the row's number of tokens", BOTH, *within(KL, "zip(log_q0, log_q1))",
+                                                                 "zip(log_q0, log_q1)) / max(1, len(subset))")),
+        ("the maximum over all tokens", BOTH, KL_LOOP, "    largest = [max(z) for z in logits]\n" + KL_LOOP, LOG_Q,
+         LOG_Q + "\n        sum_ = sum(math.exp(z[j] - largest[len(losses)]) for j in subset) if subset else 1.0\n"
+                 "        log_q1 = [z[j] - largest[len(losses)] - math.log(sum_) for j in subset]"),
+        ("no maximum", BOTH, "largest = max(z, default=0.0)", "largest = 0.0"),
+        ("z minus log-sum-exp", WIDE, LOG_SOFTMAX, "return [x - (largest + math.log(total)) for x in z]"),
+        ("z minus log-sum-exp, in float32", BOTH, LOG_SOFTMAX,
+         "return [f32(x - f32(largest + f32(math.log(total)))) for x in z]"),
+        ("short rows filled up with logits of -10^9", BOTH,
+         *within(LOG_Q, "log_softmax([z[j] for j in subset])",
+                 "log_softmax([z[j] for j in subset] + [-1e9] * (max(map(len, token_ids)) - len(subset)))")),
+        ("short rows filled up with log-probabilities of -10^4", BOTH,
+         *within(LOG_Q, "log_softmax(log_p0)",
+                 "log_softmax([*log_p0, *[-1e4] * (max(map(len, token_ids)) - len(subset))])")),
+        ("the gradient's sign", BOTH, KL_GRADIENT, "gradients[-1][j] = math.exp(a) - math.exp(b)"),
+        ("the gradient without q0", BOTH, *within(KL_GRADIENT, " - math.exp(a)", "")),
+        ("the gradient without q1", BOTH, *within(KL_GRADIENT, "math.exp(b)", "0.0")),
+        ("the gradient of the other way round", BOTH, KL_GRADIENT,
+         "gradients[-1][j] = math.exp(b) * (b - a - sum(math.exp(d) * (d - c) for c, d in zip(log_q0, log_q1)))"),
+        ("the gradient leaks outside", BOTH, KL_GRADIENT,
+         "gradients[-1] = [x or math.exp(y) for x, y in zip(gradients[-1], log_softmax(z))]\n            "
+         + KL_GRADIENT),
+        ("mean over tokens", BOTH, *KL_SEEN, COUNTED, "count = sum(map(len, seen))"),
+        ("mean over all positions, the empty ones included", BOTH, COUNTED, "count = len(counted)"),
+        ("mean over the positions with more than one token", BOTH, *KL_SEEN, COUNTED,
+         "count = sum(len(row) > 1 for row in seen)"),
+        ("mean with the sum's gradient", BOTH, *within(MEAN, "x / count", "x")),
+        ("mean of nothing is 0", BOTH, *within(NOTHING, "math.nan", "0.0")),
+        ("the gradient of 0/0 is not a number", BOTH,
+         *within(NOTHING, "gradients", "[[math.nan] * len(x) for x in gradients]")),
+        ("an empty row is not a number", BOTH, KL, KL + "\n        losses[-1] = losses[-1] if subset else math.nan"),
+        ("backward ignores the incoming gradient", BOTH,
+         "[[w * x for x in row] for w, row in zip(weights, gradients)]", "gradients"),
+        ("the log-probabilities of the first rows, whatever is selected", BOTH,
+         *within(PICKED, "[log_probs[t] for t in positions]", "log_probs[:len(positions)]")),
+        ("the first rows, whatever is selected", BOTH, PICKED,
+         "return token_ids[:len(positions)], log_probs[:len(positions)]"),
+        ("the selected rows in ascending order", BOTH, *within(PICKED, "positions", "sorted(positions)")),
+        ("positive log-probabilities taken", BOTH, "max(log_p0, default=0) <= 0", "True"),
+        ("probabilities of a row above 1 taken", BOTH, " and math.fsum(map(math.exp, log_p0)) < 1.01", ""),
+        ("a row with fewer log-probabilities taken", BOTH, "require(len(log_p0) == len(subset)", "require(True"),
+        ("a record without log-probabilities taken as uniform", BOTH,
+         "require(log_probs is not None, \"log_probs must be in the record\")",
+         "log_probs = log_probs or [[-math.log(len(row))] * len(row) for row in token_ids]"),
+        *OF_CHUNKS,
+        ("the last row is dropped if their number is odd", BOTH, KL,
+         KL + "\n        losses[-1] *= len(losses) <= len(logits) // 2 * 2"),
     ],
 }
 
@@ -304,17 +454,13 @@ def variant(pairs):
     return module
 
 
-def catches(name, reference, dtypes=tuple(generate.EPS)):
+def catches(name, reference):
     """{dtype: name of the first case of a file that the reference fails by the tolerances of that dtype}."""
     found = {}
     for case in STORED[name]:
-        for dtype in dtypes:
+        for dtype in compare.EPS:
             if dtype not in found and case.get("dtype") in (None, dtype):
-                try:
-                    got = generate.outputs(name, reference, case, generate.EPS[dtype])["expected"]
-                except (ArithmeticError, LookupError) as error:  # a variant that ends like this is caught, too
-                    got = {"error": repr(error)}
-                if compare.differences(got, case["expected"], generate.EPS[dtype] * case.get("amplification", 1)):
+                if run_port.failures(name, generate.Plain(reference), case, dtype, {}):
                     found[dtype] = case["name"]
     return found
 

@@ -2,6 +2,7 @@
 
 import math
 
+EPS = {"float64": 2.0**-52, "float32": 2.0**-23}
 # |got - want| <= 2^10 eps (scale + |want|), where scale is 1 but for these
 SMALL = {"outside_mass", "outside_mass_at_the_end"}  # 2^-100: judged relatively
 OF_THE_LIST = {"rotated", "exp_avg", "exp_avg_sq"}  # the largest entry
