@@ -1270,6 +1270,11 @@ def lumped_tv_bound(rho0, rho1, eps):
     return pinsker(lumped(rho0, rho1, eps)) + min(rho0, rho1)
 
 
+def soft_target_bound(rho0, tv_qp):
+    """R13, Reading: what q0 as targets of the tail's loss would bound, given TV(q0, p1)."""
+    return rho0 + (1 - rho0) * tv_qp
+
+
 @st.composite
 def anchored(draw):
     """(z0, z1, S): two models of one position, logits in [-4, 4]: rho far above the rounding of a float32 record."""
@@ -1349,7 +1354,8 @@ def test_r13_distance_is_bounded_by_the_anchor_once_the_outside_masses_are_known
     assert binary_kl(rho0, rho1) <= min(binary_bounds(rho0, change)) + ANCHOR_TOL
     # soft targets q0 in the tail's loss need no rho1, but pull the base itself
     inside = np.isin(np.arange(len(z0)), S)
-    assert distance <= rho0 + pinsker(kl(q0[S], p1[S])) + tol
+    assert distance <= soft_target_bound(rho0, tv(q0, p1)) + ANCHOR_TOL
+    assert tv(q0, p1) <= pinsker(kl(q0[S], p1[S])) + tol
     leaf = torch.tensor(np.log(p0), requires_grad=True)
     F.cross_entropy(leaf, torch.tensor(q0)).backward()
     assert abs(leaf.grad).sum().item() == pytest.approx(2 * rho0, abs=64 * EPS)
@@ -1376,6 +1382,9 @@ def test_r13_tight_disjoint_outsides_and_a_point_mass_reach_the_bound_of_the_dis
     # r0 = r1: the outside adds no more than the difference of its masses
     same = np.array([1 - rho0, 0, rho0]), np.array([(1 - rho1) * (1 - d), (1 - rho1) * d, rho1])
     assert tv(*same) == pytest.approx(tv_bound(rho0, rho1, d, 0), abs=8 * EPS)
+    # soft targets, of which p1 has lost one, and the outside
+    lost = np.array([(1 - rho0) * (1 - d), (1 - rho0) * d, rho0]), np.array([1.0, 0, 0])
+    assert tv(*lost) == pytest.approx(soft_target_bound(rho0, d), abs=8 * EPS)
 
 
 @given(st.floats(0.01, 0.9), st.floats(0.01, 0.05))
