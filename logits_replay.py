@@ -2,9 +2,9 @@
 
 The two stages of *Logits Replay + MoClip* (Qiu, Li, Zhou, Huang, Qiu, Sun; arXiv:2510.09152): "In Stage 0, we record
 dynamic Top-K token subsets that cover a probability threshold, always including the gold label. In Stage 1, we replay
-these compact subsets to compute exact renormalized losses, avoiding full softmax". Two additions are this project's:
-the tail keeps the loss honest about what the subsets leave out, and the anchor keeps the model from forgetting. What is
-guaranteed is proved in THEORY.md (R1 to R14), at whose end stand all decisions that are ours.
+these compact subsets to compute exact renormalized losses, avoiding full softmax". The tail, which estimates what the
+subsets leave out, and the anchor, which keeps the model from forgetting, are this project's. THEORY.md proves what is
+guaranteed (R1 to R14) and ends with all decisions that are ours.
 
     symbol   code           meaning
     N                       token positions: a batch of sequences, flattened row-major
@@ -17,8 +17,8 @@ guaranteed is proved in THEORY.md (R1 to R14), at whose end stand all decisions 
     S_t      token_ids      row t of the record: the top-K_t tokens, plus y_t
     rho_t    outside_mass   probability outside S_t
     nnz                     sum over t of |S_t|: all recorded tokens, row after row
-    R, w     tail           tokens that every position scores beside its S_t, and their weights; |R| of them
-    q                       probabilities renormalized to S_t; q0: the recording model's, q1: the current one's
+    R, w     tail           tokens that every position scores beside its S_t, and their weights
+    q                       p renormalized to S_t; q0: the recording model's, q1: the current one's
 
 One row, tau = 0.8, the gold token marked by a star:
 
@@ -38,8 +38,8 @@ The definition in four lines, and what `record_topk` and `replay_cross_entropy` 
 >>> S, record.token_ids.tolist(), torch.allclose(loss, replay_cross_entropy(z, torch.tensor(y), record))     # Stage 1
 ([0, 2, 9], [0, 2, 9], True)
 
-Bad input is a ValueError that names the argument, the row and the rule. Losses are in nats, in float32 at least.
-Not here: several processes (each records its shard, then `ReplayRecord.concat`), compression, cached hidden states.
+Bad input is a ValueError that names the argument, the row and the rule. Losses are in nats, in float32 at least. All
+runs on CPU and CUDA. Several processes record a shard each, and `ReplayRecord.concat` joins them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ import math
 import os
 import secrets
 import warnings
-import zipfile
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -58,7 +57,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 # ------------------------------------------------------------------------------------------------------------- Stage 0
-
 @torch.no_grad()
 def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ignore_index=-100,
                 keep_log_probs=False) -> ReplayRecord:
@@ -67,34 +65,40 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
         K_t = min {K : p_(1) + ... + p_(K) >= tau},   S_t = {the K_t most probable tokens} + {y_t},
         rho_t = sum of p_j over j not in S_t
 
-    p_(k) is the k-th in rank: by probability, descending, equal ones by id, ascending: S_t is unique. p is the float32
-    softmax (float64 for float64 logits), the running sum float64. tau = 1 takes every token that is needed for the
-    rounded sum to reach 1, all V if it never does.
+    p_(k) is the k-th in rank: by probability, descending, equal ones by id, ascending, so S_t is unique. p is the
+    float32 softmax (float64 for float64 logits), the running sum float64; all V tokens if it never reaches tau.
 
-    logits: (..., V), finite, of any float dtype.   target: (...), integers in [0, V) or ignore_index, an empty row.
+    logits: (..., V), finite, of any float dtype.   target: (...), integers in [0, V) or ignore_index (an empty row).
     max_size: an explicit cap on |S_t|, gold included.   keep_log_probs: keep log p of S_t, too; the anchor needs it.
     Source: arXiv:2510.09152, abstract (Stage 0). Ties, arithmetic and max_size are this project's decisions.
     """
     _require(0 < tau <= 1, f"tau must lie in (0, 1], got {tau}")
     _require(max_size is None or max_size >= 1, f"max_size must be at least 1, got {max_size}")
-    if logits.device.type == "mps":  # it has no float64 for the running sum
-        return record_topk(logits.cpu(), target.cpu(), tau, max_size=max_size, ignore_index=ignore_index,
-                           keep_log_probs=keep_log_probs).to(logits.device)
     flat = _flat_logits(logits, target)
     (N, V), device, gold = flat.shape, flat.device, _flat_target(target, flat.shape[1], ignore_index)
     sizes, rho = torch.zeros_like(gold), torch.zeros(N, device=device, dtype=torch.float32)
     limit, token_ids, log_probs = min(max_size or V, V), [], []
+
+    def rank(top):
+        """(K, p_(K)), (n,) each, from the first k in rank, (n, k); K = k + 1 where these k do not decide it."""
+        # K_t = min {K : p_(1) + ... + p_(K) >= tau}; a CPU adds in this order, CUDA by a scan
+        K = (1 + (top.cumsum(1, dtype=torch.float64) < tau).sum(1)).clamp(max=limit)
+        return K, top.gather(1, (K - 1).clamp(max=top.shape[1] - 1)[:, None])[:, 0]
+
     # a few rows at a time: on a CPU a million logits, which its cache holds, elsewhere 64 million, to keep it busy
     for t in (gold != ignore_index).nonzero()[:, 0].split(2**(20 if device.type == "cpu" else 26) // V + 1):
         z, y = flat[t], gold[t, None]
         p = z.softmax(1, dtype=torch.promote_types(z.dtype, torch.float32))
-        # K_t and the edge p_(K_t), by rank: of the 64 most probable, which is fast, and of all where those do not do
-        K, edge = _rank(p.topk(min(64, V)).values, tau, limit)
+        # K_t and the edge p_(K_t), from the 64 most probable, which is fast, or from all where those do not decide
+        K, edge = rank(p.topk(min(64, V)).values)
         wide = K > 64
         if wide.any():
-            K[wide], edge[wide] = _rank(_descending(p[wide]), tau, limit)
-        # the (row, token) pairs, in order, of gold and of what is at the edge or above it. At the edge S_t has room for
-        # K - |above| tokens, those of the lowest ids; `place` counts them, from 1 in every row
+            # on a CPU numpy sorts in a tenth of torch's time, which carries the indices along
+            top = torch.from_numpy(np.sort(p[wide].numpy(), 1)).flip(1) if device.type == "cpu" else \
+                p[wide].sort(1, descending=True).values
+            K[wide], edge[wide] = rank(top)
+        # (row, token) pairs, in order: gold, and what is at the edge or above it. At the edge there is room for
+        # K - |above| tokens, those of the lowest ids: `place` counts them, from 1 in every row
         row, token = (p >= edge[:, None]).scatter_(1, y, True).nonzero(as_tuple=True)
         above, level, is_gold = p[row, token] > edge[row], p[row, token] == edge[row], token == y[row, 0]
         count = lambda pairs: row[pairs].bincount(minlength=len(t))
@@ -114,19 +118,7 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
                         torch.cat(log_probs) if keep_log_probs else None)
 
 
-def _rank(top: Tensor, tau: float, limit: int):
-    """(K, p_(K)), (n,) each, from the first k in rank, p_(1) >= p_(2) >= ... (n, k); K = k + 1: they do not decide."""
-    # K_t = min {K : p_(1) + ... + p_(K) >= tau}; a CPU adds in this order, CUDA by a scan
-    K = (1 + (top.cumsum(1, dtype=torch.float64) < tau).sum(1)).clamp(max=limit)
-    return K, top.gather(1, (K - 1).clamp(max=top.shape[1] - 1)[:, None])[:, 0]
-
-
-def _descending(p: Tensor) -> Tensor:  # on a CPU numpy sorts in a tenth of torch's time, which carries indices along
-    return torch.from_numpy(np.sort(p.numpy(), 1)).flip(1) if p.device.type == "cpu" else p.sort(1, descending=True)[0]
-
-
 # ------------------------------------------------------------------------------- Stage 1: one softmax over ragged rows
-
 def _log_softmax(z: Tensor, record: ReplayRecord, tail=None, z_tail=None) -> Tensor:
     """log q of every recorded token, (nnz,), from their logits z, (nnz,), and the tail's, z_tail (N, |R|), if any.
 
@@ -191,9 +183,8 @@ def linear_replay_cross_entropy(input: Tensor, linear_weight: Tensor, target: Te
     >>> torch.allclose(linear_replay_cross_entropy(h, W, y, record), replay_cross_entropy(h @ W.T, y, record))
     True
     """
-    _check_fit("input", "input @ linear_weight.T", input, len(linear_weight), target, record)
     y = _flat_target(target, record.vocab_size, ignore_index, tail)
-    z, z_tail = _linear_logits(input, linear_weight, linear_bias, record, tail, y == ignore_index)
+    z, z_tail = _linear_logits(input, linear_weight, linear_bias, record, target, tail, y == ignore_index)
     return _cross_entropy(z, z_tail, y, record, tail, ignore_index, target.shape, reduction)
 
 
@@ -208,7 +199,6 @@ def _cross_entropy(z, z_tail, y: Tensor, record: ReplayRecord, tail, ignore_inde
 
 
 # -------------------------------------------------------------------------- the tail: a sample of what S_t leaves out
-
 class Tail(NamedTuple):
     """Tokens R that every position scores beside its recorded ones, each with weight w = 1 / inclusion probability."""
 
@@ -222,14 +212,12 @@ def sample_tail(target: Tensor, vocab_size: int, size: int, *, ignore_index=-100
 
         w_j = 1 for a gold token,   w_j = M0 / size for each of the `size` drawn,   M0 = V - number of distinct golds
 
-    With size >= 1, P(j in R) w_j = 1: the sum of w_j exp z_j over R without S_t is an unbiased estimate of the sum of
-    exp z_j over all that S_t leaves out (Horvitz and Thompson 1952; THEORY.md R9). The golds are always in R: training
-    raises them at every position (shared parameters), and no heavy token may be left to chance. Draw one every step.
+    P(j in R) w_j = 1: the sum of w_j exp z_j over R without S_t is an unbiased estimate of the sum of exp z_j over all
+    that S_t leaves out (Horvitz and Thompson 1952; THEORY.md R9). The golds are always in R: training raises them at
+    every position (shared parameters), and no heavy token may be left to chance. Draw a new one every step.
 
-    target: (...), as for the loss.   size: >= 0; M0 or more takes all of them with weight 1 (the loss is then
-    `F.cross_entropy`), 0 the golds only.   generator: a torch.Generator, on any device.
-    Source: this project, in the spirit of sampled softmax (Bengio and Senecal 2003; Jean et al. 2015) and of
-    importance-sampled logits (arXiv:2503.16870).
+    size: >= 0; M0 or more takes all, with weight 1: the loss is `F.cross_entropy`.   generator: on any device.
+    Source: this project, in the spirit of sampled softmax (Bengio and Senecal 2003) and of arXiv:2503.16870.
 
     >>> tail = sample_tail(torch.tensor([5, 2, 5, -100]), vocab_size=10, size=4)
     >>> len(tail.token_ids), tail.log_weight.exp().sum().round()          # 2 of weight 1 and 4 of weight 8 / 4
@@ -248,20 +236,18 @@ def sample_tail(target: Tensor, vocab_size: int, size: int, *, ignore_index=-100
 
 
 # ------------------------------------------------------------- the anchor: stay where the base was, on a little text
-
 def replay_kl_div(logits: Tensor, record: ReplayRecord, *, reduction="mean") -> Tensor:
     """The anchor: KL from the recording model to this one, on the recorded tokens of text that is to be kept.
 
         A_t = sum over j in S_t of q0_j (log q0_j - log q1_j),   q0, q1: p then and now, both renormalized to S_t
 
-    Record text that the base wrote itself, or text that is at hand, with `keep_log_probs`, and add this to the domain's
-    loss. Its gradient by the logits is q1 - q0 on S_t, 0 outside. (1 - rho_t) A_t is a part of the full KL, so a lower
-    bound (THEORY.md R13), on the base's own text that of whole sequences (R14). It does not see what moves in or out of
-    S_t as a whole, nothing at all in a row of one token: where the base is sure ask for a large tau under a cap
-    (tau=.98, max_size=32), not for a small tau.
+    Record text that the base wrote itself, or that is at hand, with `keep_log_probs`; add this to the domain's loss.
+    Its gradient by the logits is q1 - q0 on S_t, 0 outside. (1 - rho_t) A_t is a part of the full KL, so a lower bound
+    (THEORY.md R13), on the base's own text that of whole sequences (R14). It is blind to what moves in or out of S_t as
+    a whole, so in a row of one token to all: take a large tau under a cap (.98, max_size=32), not a small tau.
 
     logits: (..., V), finite, of the N positions of `record`; "mean" is over those whose row is not empty.
-    Source: this project. The paper's summary mentions a "domain self-constraint" without saying what it is. KL to the
+    Source: this project; the paper's summary mentions a "domain self-constraint" and does not say what it is. KL to the
     live base: arXiv:2412.15270; self-generated text: arXiv:2605.26097.
 
     >>> record = record_topk(torch.tensor([[2.0, 1.0, 0.0, -9.0]]), torch.tensor([0]), 0.9, keep_log_probs=True)
@@ -279,7 +265,6 @@ def linear_replay_kl_div(input: Tensor, linear_weight: Tensor, record: ReplayRec
 
     input (..., d), linear_weight (V, d), linear_bias (V,) or None; all else as in `linear_replay_cross_entropy`.
     """
-    _check_fit("input", "input @ linear_weight.T", input, len(linear_weight), None, record)
     z, _ = _linear_logits(input, linear_weight, linear_bias, record)
     return _kl_div(z, record, input.shape[:-1], reduction)
 
@@ -297,8 +282,8 @@ def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:
 
         rho_t = sum of softmax(z_t)_j over j not in S_t
 
-    logits: (..., V), finite. Returns (N,), float64 for float64 logits, else float32; 0 for an empty (ignored) row.
-    Differentiable. L_full - L_S = -log(1 - rho_t), and the gradient of L_S does not hold it down (R2, R7): watch it.
+    logits: (..., V), finite. Returns (N,), 0 for an empty (ignored) row; differentiable. L_full - L_S is
+    -log(1 - rho_t) (R2), and the gradient of L_S does not hold rho down (R7): watch it.
 
     >>> record = record_topk(torch.zeros(1, 4), torch.tensor([0]), tau=0.5)
     >>> outside_mass(torch.tensor([[0.0, 0.0, 0.0, 100.0]]), record)     # the model moved: all mass is outside now
@@ -311,6 +296,7 @@ def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:
 
 # ---------------------------------------------- a learner may stop here: below are the record, a fast path and checks
 
+INTEGERS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 DTYPES = {"token_ids": torch.int32, "offsets": torch.int64, "outside_mass": torch.float32, "log_probs": torch.float32}
 
 
@@ -335,15 +321,13 @@ class ReplayRecord:
         return len(self.outside_mass)
 
     @property
-    def subset_sizes(self) -> Tensor:
-        """|S_t|, (N,) int64."""
+    def subset_sizes(self) -> Tensor:  # |S_t|, (N,) int64
         return self.offsets.diff()
 
     @property
-    def rows(self) -> Tensor:
-        """The row t of every recorded token, (nnz,) int64."""
+    def rows(self) -> Tensor:  # the row t of every recorded token, (nnz,) int64; without output_size the host waits
         t = torch.arange(len(self), device=self.offsets.device)
-        return t.repeat_interleave(self.subset_sizes, output_size=len(self.token_ids))  # else it waits for the device
+        return t.repeat_interleave(self.subset_sizes, output_size=len(self.token_ids))
 
     def _tensors(self) -> dict:
         return {name: getattr(self, name) for name in DTYPES if getattr(self, name) is not None}
@@ -351,7 +335,7 @@ class ReplayRecord:
     def select(self, positions) -> ReplayRecord:
         """The rows at `positions` (integers in [0, N), of any shape), in the order asked for, repeats allowed."""
         t = torch.as_tensor(positions, device=self.offsets.device).flatten()
-        _require(not len(t) or not (t.is_floating_point() or t.dtype == torch.bool), "positions must be integers")
+        _require(not len(t) or t.dtype in INTEGERS, f"positions must be integers, got {t.dtype}")
         t = t.long()
         _require_rows(((t >= 0) & (t < len(self)), f"positions must lie in [0, {len(self)})"))
         sizes = self.subset_sizes[t]
@@ -371,7 +355,7 @@ class ReplayRecord:
         _require(records, "records must hold at least one record")
         kinds = [f"vocab_size {r.vocab_size}, tau {r.tau}, log_probs {r.log_probs is not None}" for r in records]
         for i, kind in enumerate(kinds):
-            _require(kind == kinds[0], f"records[{i}] has {kind}, but records[0] {kinds[0]}")
+            _require(kind == kinds[0], f"records[{i}] has {kind}, records[0] {kinds[0]}")
         joined = {name: torch.cat([getattr(r, name) for r in records]) for name in records[0]._tensors()}
         joined["offsets"] = pad(torch.cat([r.subset_sizes for r in records]).cumsum(0), (1, 0))
         return replace(records[0], **joined)
@@ -386,14 +370,10 @@ class ReplayRecord:
         """Read what `save` wrote, on the CPU, executing nothing from it; ValueError if its CRCs or invariants fail."""
         with open(path, "rb") as file:
             try:
-                archive, arrays = zipfile.ZipFile(file), {}
-                for field in fields(ReplayRecord):
-                    if field.name != "log_probs" or "log_probs.npy" in archive.namelist():
-                        # zipfile compares the CRC at a member's end; a damaged header that stops earlier breaks a rule
-                        with archive.open(field.name + ".npy") as member:
-                            x = np.lib.format.read_array(member, allow_pickle=False)
-                        arrays[field.name] = torch.from_numpy(x) if field.name in DTYPES else x.item()
-                return ReplayRecord(**arrays)
+                arrays = np.load(file, allow_pickle=False)
+                arrays = {field.name: arrays[field.name] for field in fields(ReplayRecord) if field.name in arrays}
+                return ReplayRecord(**{name: torch.from_numpy(x) if name in DTYPES else x.item()
+                                       for name, x in arrays.items()})
             except Exception as error:  # zipfile and numpy raise a dozen types on damaged input
                 raise ValueError(f"{path} is not a complete, undamaged record: {error}") from error
 
@@ -412,88 +392,72 @@ def write_atomically(path, write) -> None:
             os.unlink(temporary)
 
 
-# ----------------------------------------------------------------------------------------------- the recorded logits
-
 with warnings.catch_warnings():  # torch warns once that CSR tensors are in beta: here that is known
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
-SAMPLED_ON = ("cpu", "cuda")  # the devices on which torch has sampled_addmm
 
-
-def _linear_logits(input: Tensor, linear_weight: Tensor, linear_bias, record: ReplayRecord, tail=None, ignored=None):
+def _linear_logits(input: Tensor, linear_weight: Tensor, linear_bias, record, target=None, tail=None, ignored=None):
     """The logits input @ linear_weight.T + linear_bias of the recorded tokens, (nnz,), and of the tail, (N, |R|)."""
+    _check_fit("input", "input @ linear_weight.T", input, len(linear_weight), target, record)
     _require(linear_bias is None or linear_bias.shape == (record.vocab_size,), "linear_bias must have shape (V,)")
-    rows, ids, dtype = record.rows, record.token_ids, torch.promote_types(input.dtype, linear_weight.dtype)
-    h, W = (x.to(torch.promote_types(dtype, torch.float32)) for x in (input.flatten(0, -2), linear_weight))
+    dtype = torch.promote_types(torch.promote_types(input.dtype, linear_weight.dtype), torch.float32)
+    h, W, R = input.reshape(-1, input.shape[-1]).to(dtype), linear_weight.to(dtype), None if tail is None else tail[0]
     if tail is not None:  # an ignored row may hold anything, even nan: the product of all rows must not spread it
         h = h.masked_fill(ignored[:, None], 0)
-    logits_of = _SampledLogits.apply if h.device.type in SAMPLED_ON else _gathered_logits
-    z, z_tail = logits_of(h, W, rows, record.offsets.int(), ids, None if tail is None else tail.token_ids)
+    z, z_tail = _SampledLogits.apply(h, W, record.offsets.int(), record.token_ids, R)
     if linear_bias is not None:
-        z, z_tail = z + linear_bias[ids], None if tail is None else z_tail + linear_bias[tail.token_ids]
-    finite, tails = z.detach().isfinite(), z.new_zeros(1, 0) if tail is None else z_tail.detach()
-    if not (finite.all() & tails.sum(1).isfinite().all()):  # one wait; but finite terms can have an infinite sum
-        bad = torch.cat([rows[~finite], (~tails.isfinite().all(1)).nonzero()[:, 0]]).tolist()
-        _require(not bad, f"input @ linear_weight.T + linear_bias must be finite (row {min(bad, default=None)})")
+        z, z_tail = z + linear_bias[record.token_ids], None if tail is None else z_tail + linear_bias[R]
+    # 0 times what is not finite is nan; one wait for both kinds of logits
+    spread = z.new_zeros(len(h)).index_add(0, record.rows, z.detach() * 0)
+    if tail is not None and len(R):
+        spread = spread + sum(x * 0 for x in z_tail.detach().aminmax(dim=1))
+    _require_rows((spread == 0, "input @ linear_weight.T + linear_bias must be finite"))
     return z, z_tail
 
 
-def _gathered_logits(h: Tensor, W: Tensor, rows: Tensor, offsets: Tensor, ids: Tensor, tail_ids):
-    """In (nnz, d) memory, but on any device, with derivatives of any order."""
-    with torch.autocast(h.device.type, enabled=False):
-        return (h[rows] * W[ids]).sum(1), None if tail_ids is None else h @ W[tail_ids].t()
-
-
 class _SampledLogits(torch.autograd.Function):
-    """The same by `sampled_addmm`: nnz d multiplications, forward and backward, beside the tail's N |R| d.
+    """(h[rows] * W[ids]).sum(1) and h @ W[R].T, forward and backward, without (nnz, d) memory.
 
-    Its own backward has copies that double the time; and the tail's part of dL/dW is added in place here, where
-    autograd would make a second dense (V, d) gradient.
+    The copies of `sampled_addmm`'s own backward double the time, and autograd would make two dense (V, d) gradients.
     """
 
     @staticmethod
-    def forward(h, W, rows, offsets, ids, tail_ids):
-        with torch.autocast(h.device.type, enabled=False):
-            # detached from the sparse tensor that it is a view of: torch.compile looks for strides there
+    def forward(ctx, h, W, offsets, ids, R):
+        ctx.save_for_backward(h, W, offsets, ids, R)
+        with torch.autocast(h.device.type, enabled=False):  # the sparse products lack bfloat16
             z = torch.sparse.sampled_addmm(_csr(offsets, ids, h.new_zeros(len(ids)), h, W), h, W.t(), beta=0).values()
-            return z.detach(), None if tail_ids is None else h @ W[tail_ids].t()
+            # detached from the sparse tensor that it is a view of: torch.compile looks for strides there
+            return z.detach(), None if R is None else h @ W[R].t()
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        h, W, rows, offsets, ids, tail_ids = ctx.saved_tensors
-        with torch.autocast(h.device.type, enabled=False):  # as in forward: the sparse products lack bfloat16
-            if torch.is_grad_enabled():  # a second derivative is wanted: differentiate the plain formula
-                forms = 1 if tail_ids is None else 2
-                plain = lambda h, W: _gathered_logits(h, W, rows, offsets, ids, tail_ids)[:forms]
-                return *torch.func.vjp(plain, h, W)[1](grads[:forms]), None, None, None, None
+    def backward(ctx, dz, dz_tail):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the linear forms have a first derivative only; the forms of the logits have all")
+        h, W, offsets, ids, R = ctx.saved_tensors
+        with torch.autocast(h.device.type, enabled=False):
             # dL/dh = G W,   dL/dW = G' h,   with G the (N, V) sparse matrix of dL/dz; and the same with dL/dz_tail
-            G = _csr(offsets, ids, grads[0].contiguous(), h, W)
+            G = _csr(offsets, ids, dz.contiguous(), h, W)
             grad_h = G @ W if ctx.needs_input_grad[0] else None
             grad_W = G.t() @ h if ctx.needs_input_grad[1] else None
-            if tail_ids is not None and grad_h is not None:
-                grad_h.addmm_(grads[1], W[tail_ids])
-            if tail_ids is not None and grad_W is not None:
-                grad_W.index_add_(0, tail_ids, grads[1].t() @ h)
-            return grad_h, grad_W, None, None, None, None
+            if R is not None and grad_h is not None:
+                grad_h.addmm_(dz_tail, W[R])
+            if R is not None and grad_W is not None:
+                grad_W.index_add_(0, R, dz_tail.t() @ h)
+            return grad_h, grad_W, None, None, None
 
 
-def _csr(offsets: Tensor, ids: Tensor, values: Tensor, h: Tensor, W: Tensor) -> Tensor:
+def _csr(offsets: Tensor, ids: Tensor, values: Tensor, h: Tensor, W: Tensor) -> Tensor:  # (N, V)
     # the device is named because a default device would override the values'
     return torch.sparse_csr_tensor(offsets, ids, values, (len(h), len(W)), device=h.device, check_invariants=False)
 
 
-def _in_subset(tail_ids: Tensor, record: ReplayRecord, rows: Tensor) -> Tensor:
-    """(N, |R|) bool: is the tail's token in S_t? It does not wait for the device."""
-    M = len(tail_ids)
-    column = tail_ids.new_full((record.vocab_size,), M).scatter(0, tail_ids, torch.arange(M, device=tail_ids.device))
-    found = torch.zeros(len(record), M + 1, dtype=torch.bool, device=tail_ids.device)
-    found[rows, column[record.token_ids]] = True  # column M: not in R
-    return found[:, :M]
+def _in_subset(R: Tensor, record: ReplayRecord, rows: Tensor) -> Tensor:
+    """(N, |R|) bool: is the token in S_t? It does not wait for the device."""
+    column = R.new_full((record.vocab_size,), len(R)).scatter(0, R, torch.arange(len(R), device=R.device))
+    found = torch.zeros(len(record), len(R) + 1, dtype=torch.bool, device=R.device)
+    found[rows, column[record.token_ids]] = True  # in the last column what is not in R
+    return found[:, :-1]
 
 
 def _reduce(values: Tensor, counted: Tensor, shape, reduction: str) -> Tensor:
@@ -504,24 +468,22 @@ def _reduce(values: Tensor, counted: Tensor, shape, reduction: str) -> Tensor:
     return values.sum() / counted.sum() if reduction == "mean" else values.sum()
 
 
-# ------------------------------------------------------------------------------------------------------------- checks
-
 def _require(ok, message: str) -> None:
     if not ok:
         raise ValueError(message)
 
 
-def _require_rows(*rules) -> None:
-    """ValueError for the first broken rule (ok, message), naming the first row t where ok[t] is false; one wait."""
+def _require_rows(*rules, offsets=None) -> None:
+    """ValueError for the first broken rule (ok, message), ok a bool a row or, given offsets, a token; one wait."""
     if not torch.stack([ok.all() for ok, _ in rules]).all():
         ok, message = next((ok, message) for ok, message in rules if not ok.all())
-        raise ValueError(f"{message} (row {int((~ok).nonzero()[0])})")
+        row = (~ok).nonzero()[0] if offsets is None else torch.searchsorted(offsets, (~ok).nonzero()[0], right=True) - 1
+        raise ValueError(f"{message} (row {int(row)})")
 
 
 def _check_record(record: ReplayRecord) -> None:
     for name, x in record._tensors().items():
-        _require(x.dtype == DTYPES[name] and x.dim() == 1,
-                 f"{name} must be one-dimensional {DTYPES[name]}, got {x.dtype} of shape {tuple(x.shape)}")
+        _require(x.dtype == DTYPES[name] and x.dim() == 1, f"{name} must be one-dimensional {DTYPES[name]}")
     ids, offsets, rho, log_p, V = *(getattr(record, name) for name in DTYPES), record.vocab_size
     _require(0 < record.tau <= 1, f"tau must lie in (0, 1], got {record.tau}")
     _require(0 < V < 2**31, f"vocab_size must lie in [1, 2**31), got {V}")
@@ -532,32 +494,24 @@ def _check_record(record: ReplayRecord) -> None:
     _require(not len(ids) or 0 <= int(ids.amin()) <= int(ids.amax()) < V, f"token_ids must lie in [0, {V})")
     ascending = pad(ids.diff() > 0, (1, 1), value=True)
     ascending[offsets] = True  # the order starts anew where a row does
-    _require_tokens(record, ascending, "token_ids must be ascending without duplicates")
+    _require_rows((ascending, "token_ids must be ascending without duplicates"), offsets=offsets)
     if log_p is not None:
         _require(len(log_p) == len(ids), f"log_probs must have the {len(ids)} entries of token_ids, got {len(log_p)}")
-        _require_tokens(record, log_p.isfinite() & (log_p <= 0), "log_probs must be finite and at most 0")
-        total = torch.zeros_like(rho).index_add(0, record.rows, log_p.exp())
-        _require_rows((total <= 1.01, "log_probs of a row must not add up to a probability above 1"))
-
-
-def _require_tokens(record: ReplayRecord, ok: Tensor, message: str) -> None:
-    if not ok.all():
-        row = torch.searchsorted(record.offsets, (~ok).nonzero()[0], right=True) - 1
-        raise ValueError(f"{message} (row {int(row)})")
+        total = torch.zeros_like(rho).index_add(0, record.rows, log_p.exp() + 0 * log_p)  # nan where one is not finite
+        _require_rows((total <= 1.01, "log_probs must be finite, with probabilities that add up to 1 at most in a row"))
 
 
 def _flat_target(target: Tensor, vocab_size: int, ignore_index: int, tail=None) -> Tensor:
     """(N,) int64; ValueError for an entry that is neither a token nor ignore_index, and for a bad tail beside it."""
-    integer = torch.can_cast(target.dtype, torch.int64) and target.dtype != torch.bool
-    _require(integer, f"target must hold integers, got {target.dtype}")
+    _require(target.dtype in INTEGERS, f"target must hold integers, got {target.dtype}")
     target = target.flatten().long()
     rules = [((target == ignore_index) | ((target >= 0) & (target < vocab_size)),
               f"target must lie in [0, {vocab_size}) or be ignore_index={ignore_index}")]
     if tail is not None:
         ids, w = tail
         fits = ids.dtype == torch.int64 and ids.dim() == 1 and w.shape == ids.shape and w.is_floating_point()
-        _require(fits and ids.device == w.device == target.device, "tail must hold token_ids (|R|,) int64 and "
-                 f"log_weight (|R|,) floating point, both on the target's device, {target.device}")
+        fits = fits and ids.device == w.device == target.device
+        _require(fits, f"tail must hold int64 token_ids (|R|,) and float log_weight (|R|,), both on {target.device}")
         rules += [((ids >= 0) & (ids < vocab_size), f"tail.token_ids must lie in [0, {vocab_size})"),
                   (pad(ids.diff() > 0, (1, 0), value=True), "tail.token_ids must be ascending without duplicates"),
                   (w.isfinite(), "tail.log_weight must be finite")]
@@ -567,8 +521,8 @@ def _flat_target(target: Tensor, vocab_size: int, ignore_index: int, tail=None) 
 
 def _flat_logits(logits: Tensor, target=None, record=None) -> Tensor:
     """(N, V); ValueError for a row that is not finite, and for a target or a record that does not fit."""
-    _require(logits.is_floating_point() and logits.dim() and logits.shape[-1],
-             f"logits must be floating point of shape (..., V), got {logits.dtype} {tuple(logits.shape)}")
+    real = logits.is_floating_point() and logits.dim() and logits.shape[-1]
+    _require(real, f"logits must be floating point of shape (..., V), got {logits.dtype} {tuple(logits.shape)}")
     _check_fit("logits", "logits", logits, logits.shape[-1], target, record)
     flat = logits.reshape(-1, logits.shape[-1])
     ok = flat.detach().sum(1).isfinite()  # fast; but finite terms can have an infinite sum, so look closer there
@@ -577,9 +531,8 @@ def _flat_logits(logits: Tensor, target=None, record=None) -> Tensor:
 
 
 def _check_fit(name: str, product: str, x: Tensor, V: int, target, record) -> None:
-    """The positions of x (..., any) are those of target and record, and V the record's vocabulary."""
-    if target is not None and x.shape[:-1] != target.shape:
-        raise ValueError(f"{name} of leading shape {tuple(x.shape[:-1])} does not fit target {tuple(target.shape)}")
-    if record is not None and (x.shape[:-1].numel(), V) != (len(record), record.vocab_size):
-        raise ValueError(f"{product} of N = {x.shape[:-1].numel()} positions and V = {V} tokens does not fit the "
-                         f"record of N = {len(record)} and V = {record.vocab_size}")
+    lead, N = tuple(x.shape[:-1]), x.shape[:-1].numel()
+    _require(target is None or lead == target.shape, f"{name} of leading shape {lead} does not fit the target's")
+    if record is not None and (N, V) != (len(record), record.vocab_size):
+        raise ValueError(f"{product} of N = {N} positions and V = {V} tokens does not fit the record of "
+                         f"N = {len(record)} and V = {record.vocab_size}")

@@ -2,7 +2,7 @@
 
     python train_small.py              # the first run pretrains the base, later runs take it from the cache
     python train_small.py --quick      # smoke run of the same code path
-    python train_small.py --tau 0.8    # see the outside mass run away
+    python train_small.py --tau 0.8    # see the outside mass run away: its column in the table
 
 Nothing is downloaded. The method comes first: 1 Stage 0, 2 Stage 1, 3 evaluation; then what it needs, down to the run.
 General text is the English prose that ships with every CPython; the domain is questions to SQL over a small telecom
@@ -20,6 +20,7 @@ hidden states and of the record; d = width, V = vocabulary size.
 import argparse
 import ast
 import collections
+import contextlib
 import copy
 import hashlib
 import inspect
@@ -30,7 +31,6 @@ import random
 import re
 import sqlite3
 import statistics
-import sysconfig
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,13 +41,13 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from logits_replay import linear_replay_cross_entropy, outside_mass, sample_tail
-from until_main_has_the_anchor import ReplayRecord, linear_replay_kl_div, record_topk, write_atomically  # TEMPORARY
+from logits_replay import (ReplayRecord, linear_replay_cross_entropy, linear_replay_kl_div, outside_mass, record_topk,
+                           sample_tail, write_atomically)
 from moclip import MoClip
 
 IGNORE = -100
 BASE = dict(steps=600, batch=24, lr=3e-3, seed=0, schemas=400, sql_examples=12000)
-QUICK_BASE = dict(BASE, steps=50, batch=6, sql_examples=2000)
+QUICK_BASE = dict(BASE, steps=30, batch=6, sql_examples=2000)
 METHODS = tuple(map("+".join, itertools.product(("full", "replay", "tail", "anchor"), ("adamw", "moclip"))))
 
 
@@ -56,7 +56,7 @@ class Size(NamedTuple):
     width: int = 192
     layers: int = 2
     heads: int = 6
-    context: int = 80  # tokens, of the longest text that it reads
+    context: int = 80  # tokens
 
 
 # ----------------------------------------------------------------------------------------------------------- 1. Stage 0
@@ -128,8 +128,7 @@ def record_anchor(model, text, device):
 def scorer(method, record, args, generator, model=None, anchor=None):
     """The method's loss: a function of hidden (N, d), head (V, d), gold (N,) and rows (N,), in mean nats per position.
 
-    Row rows[t] of the record is S_t. The tail, and the anchor's windows, which `model` reads, are drawn anew for every
-    batch, from `generator`.
+    S_t is row rows[t] of the record. The tail and the anchor's windows, which `model` reads, are drawn at every call.
     """
     def full(hidden, head, gold, rows):
         # L_t = log( sum over all V tokens of exp z_j ) - z_y,   z = head h_t
@@ -166,8 +165,7 @@ def make_optimizer(method, parameters, args):
 def finetune(model, method, data, record, probe, args, seed, device, anchor=None, score=None, optimizer=None):
     """Train on the scored tokens of `data`, (tokens, targets), whose record is `record`; returns what was measured.
 
-    `probe(model, record)` is the outside mass at this moment, followed for every method. `score` and `optimizer`,
-    if given, replace what `scorer` and `make_optimizer` make of the method's name.
+    `probe(model, record)` is the outside mass now. `score` and `optimizer` replace what the method's name says.
     """
     (tokens, targets), head, rows_of = data, model.embedding.weight, scored_rows(data[1])
     # CPU generators use 32 bits of their seed: the upper half is for tail and anchor, the lower half for the batches
@@ -261,10 +259,9 @@ def evaluate(model, data, device, part="test"):
     questions = getattr(data, part)
     answers = generate(model, data, [q for q, _ in questions], device)
     right = sum(data.database.agrees(answer, gold) for answer, (_, gold) in zip(answers, questions))
-    return {"domain_nll": nll(model, *getattr(data, f"domain_{part}"), device),
+    kinds = ("domain", "general", "other")
+    return {**{f"{kind}_nll": nll(model, *getattr(data, f"{kind}_{part}"), device) for kind in kinds},
             "domain_accuracy": right / len(questions),
-            "general_nll": nll(model, *getattr(data, f"general_{part}"), device),
-            "other_nll": nll(model, *getattr(data, f"other_{part}"), device),
             "samples": [" ".join(answer.split())[:100] for answer in answers[:3]]}
 
 
@@ -282,8 +279,8 @@ def outside_mass_probe(tokens, targets, device):
 
 
 # --------------------------------------------- a learner may stop here: below is what the experiment is made of
-# ------------------------------------------------------------------------------------------------------------- 4. model
 
+# ---------------------------------------------------------------------------------------------------- 4. model and base
 def rotary(x, turn):
     """Rotate the pairs (x_i, x_i+h) of every head by position x frequency: attention sees relative positions."""
     a, b = x.chunk(2, -1)
@@ -341,7 +338,6 @@ class Model(nn.Module):
         return self.norm(x)
 
 
-# -------------------------------------------------------------------------------------------------------------- 5. base
 def batches(streams, settings, context):
     """Batches (B, context + 1) of random windows, an equal share from each token stream."""
     generator = torch.Generator().manual_seed(settings["seed"])
@@ -363,8 +359,8 @@ def pretrain(streams, settings, device, size=Size()):
     model = Model(size).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], weight_decay=0.01)
     schedule = warmup_then_linear(optimizer, settings["steps"])
-    bar = tqdm(range(settings["steps"]), "pretraining the base", disable=None)
-    for _, tokens in zip(bar, batches(streams, settings, size.context)):
+    steps = tqdm(range(settings["steps"]), "pretraining the base", disable=None)
+    for _, tokens in zip(steps, batches(streams, settings, size.context)):
         tokens = tokens.to(device)
         hidden = model(tokens[:, :-1])
         loss = F.linear_cross_entropy(hidden.flatten(0, 1), model.embedding.weight, tokens[:, 1:].flatten())
@@ -373,11 +369,10 @@ def pretrain(streams, settings, device, size=Size()):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix_str(f"{loss.item():.2f} nats", refresh=False)
     return {name: value.cpu() for name, value in model.state_dict().items()}
 
 
-# --------------------------------------------------------------------------------------------------------- 6. tokenizer
+# -------------------------------------------------------------------------------------------------------------- 5. text
 class Tokenizer:
     """Whole words, single digits and symbols by frequency, the 256 bytes for everything else: lossless on any text."""
 
@@ -404,28 +399,25 @@ class Tokenizer:
             return data.decode(errors="replace")
 
 
-# ------------------------------------------------------------------------------------------------------ 7. general text
 def general_documents():
     """English prose in every CPython: the language reference topics, and each standard-library module's docstrings."""
     from pydoc_data.topics import topics
     documents = {f"topic {name}": text for name, text in topics.items()}
-    root = Path(sysconfig.get_path("stdlib"))
+    root = Path(ast.__file__).parent
     files = [path for folder in (".", "*", "*/*") for path in root.glob(f"{folder}/*.py")]
     files = [path for path in files if not {"test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3",
                                             "pydoc_data", "encodings"} & set(path.relative_to(root).parts)]
+    nodes = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     for path in tqdm(sorted(set(files)), "harvesting docstrings", disable=None, leave=False):
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            continue
-        nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        text = "\n\n".join(filter(None, (ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, nodes))))
-        if len(text) > 200:
-            documents[str(path.relative_to(root))] = text
+        with contextlib.suppress(SyntaxError, ValueError):
+            tree = ast.walk(ast.parse(path.read_bytes()))
+            text = "\n\n".join(filter(None, (ast.get_docstring(node) for node in tree if isinstance(node, nodes))))
+            if len(text) > 200:
+                documents[str(path.relative_to(root))] = text
     return documents
 
 
-# ------------------------------------------------------------------------------------------------------------ 8. domain
+# ------------------------------------------------------------------------------------------------------------ 6. domain
 # table -> column -> values: a list (text, first column is the row's name) or a range (numbers); and how people say it
 TELECOM = {
     "site": {"name": [f"{a} {b}" for a in "North South East West Upper Lower Old New".split()
@@ -572,7 +564,7 @@ def domain_split(rng, database, per_form):
     return parts
 
 
-# ----------------------------------------------------------------------------------------------------------- 9. the run
+# ----------------------------------------------------------------------------------------------------------- 7. the run
 def prepare(settings, per_form, size=Size(), windows=200):
     """All data; documents, questions and schemas are for training, for validation or for the test, never for two.
 
@@ -583,16 +575,16 @@ def prepare(settings, per_form, size=Size(), windows=200):
     names = sorted(documents)
     rng.shuffle(names)
     n = len(names) // 20
-    parts = {"test": names[:n], "validation": names[n:2 * n], "train": names[2 * n:]}
-    general = {part: "\n\n".join(map(documents.get, members)) for part, members in parts.items()}
+    general = {"test": names[:n], "validation": names[n:2 * n], "train": names[2 * n:]}
+    general = {part: "\n\n".join(map(documents.get, members)) for part, members in general.items()}
     counts = collections.Counter(re.findall(r"\b[a-z]{4,9}\b", general["train"]))
     common = [word for word, _ in counts.most_common(100)]
     words = {*common, *re.findall(r"[A-Za-z]{3,}", f"{TELECOM} {SPOKEN}")}
     seen = schema_questions(rng, sorted(words), settings["schemas"], settings["sql_examples"])
     database = Database(rng)
-    train, validation, test = domain_split(rng, database, per_form)
+    domain = dict(zip(("train", "validation", "test"), domain_split(rng, database, per_form)))
     rng = random.Random(f"other schemas {settings['seed']}")  # on its own: whatever it draws, the rest stays as it is
-    other = [schema_questions(rng, common, 20, windows, set(seen)) for _ in range(2)]
+    other = {part: schema_questions(rng, common, 20, windows, set(seen)) for part in ("validation", "test")}
     tokenizer = Tokenizer(general["train"] + "".join(f"{prompt(q)} {sql}" for q, sql in seen), size.vocab_size)
     prose = torch.tensor(tokenizer.encode(general["train"]))
     sql = torch.tensor([i for q, sql in seen for i in tokenizer.encode(f"{prompt(q)} {sql}") + [tokenizer.end]])
@@ -601,21 +593,20 @@ def prepare(settings, per_form, size=Size(), windows=200):
         x = torch.tensor(tokenizer.encode(text)).unfold(0, size.context + 1, size.context)[:windows]
         return x[:, :-1], x[:, 1:]
 
-    pairs = dict(domain_train=train, domain_validation=validation, domain_test=test,
-                 other_validation=other[0], other_test=other[1])
+    encode = lambda pairs: encode_domain(tokenizer, pairs, size.context)
     return SimpleNamespace(
         tokenizer=tokenizer, database=database, prompt=prompt, context=size.context, size=size,
-        streams=[prose, sql, sql], fingerprint=fingerprint({"prose": prose, "sql": sql}),
-        train=train, validation=validation, test=test, general_validation=windowed(general["validation"]),
-        general_test=windowed(general["test"]),
-        **{name: encode_domain(tokenizer, members, size.context) for name, members in pairs.items()})
+        streams=[prose, sql, sql], fingerprint=fingerprint({"prose": prose, "sql": sql}), **domain,
+        **{f"domain_{part}": encode(pairs) for part, pairs in domain.items()},
+        **{f"other_{part}": encode(pairs) for part, pairs in other.items()},
+        **{f"general_{part}": windowed(general[part]) for part in other})
 
 
 def load_base(data, settings, out, device):
     """(state dict, key): from the cache if everything that shaped it is unchanged, else pretrained and cached."""
-    sources = map(inspect.getsource, (Tokenizer, rotary, Block, Model, batches, warmup_then_linear, pretrain))
-    shaped_by = [settings, data.size, torch.__version__, data.fingerprint, *sources]
-    key = hashlib.sha256("\0".join(map(str, shaped_by)).encode()).hexdigest()[:16]
+    code = map(inspect.getsource, (Tokenizer, rotary, Block, Model, batches, warmup_then_linear, pretrain))
+    shaped_by = f"{settings} {data.size} {torch.__version__} {data.fingerprint} {''.join(code)}"
+    key = hashlib.sha256(shaped_by.encode()).hexdigest()[:16]
     path = out / f"base-{key}.pt"
     if not path.exists():
         seconds = settings["steps"] * settings["batch"] * 15e-3
@@ -650,14 +641,11 @@ COLUMNS = {"accuracy": ("domain_accuracy", ".1%"), "prose lost": ("forgetting", 
 
 
 def print_table(base, runs):
-    """One row a method, the mean over its seeds. Lost: forgetting of prose and of SQL over other schemas, in nats."""
+    """One row a run. Lost: forgetting of prose and of SQL over other schemas, in nats."""
     print(f"{'method':14}" + "".join(f"  {title}" for title in COLUMNS))
-    for method in dict.fromkeys(run["method"] for run in [base, *runs]):
-        group, row = [run for run in [base, *runs] if run["method"] == method], f"{method:14}"
-        for title, (key, form) in COLUMNS.items():
-            values = [run[key] for run in group if run.get(key) is not None]
-            row += f"{format(statistics.mean(values), form) if values else '-':>{len(title) + 2}}"
-        print(row)
+    for run in [base, *runs]:
+        cells = ("-" if run.get(key) is None else format(run[key], form) for key, form in COLUMNS.values())
+        print(f"{run['method']:14}" + "".join(f"{cell:>{len(title) + 2}}" for cell, title in zip(cells, COLUMNS)))
 
 
 def print_samples(base, runs):
@@ -685,8 +673,7 @@ def arguments():
     for name, (default, least, most, what) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{what} ({default})")
     parser.add_argument("--device", default=torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    parser.add_argument("--anchor-text", default="own", choices=("own", "given"),
-                        help="written by the base, or given: of what it was pretrained on, half of it SQL")
+    parser.add_argument("--anchor-text", default="own", choices=("own", "given"), help="by the base, or prose and SQL")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the fine-tuning")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the cached base and of results.json")
@@ -699,7 +686,7 @@ def arguments():
         parser.error("--seeds must lie in [0, 2**31)")
     args.per_form, args.windows, args.anchor_step, base = 120, 200, 2, BASE
     if args.quick:
-        args.steps, args.seeds, args.per_form, args.windows, base = 5, [0], 16, 40, QUICK_BASE
+        args.steps, args.seeds, args.per_form, args.windows, base = 5, [0], 12, 20, QUICK_BASE
         args.anchor, args.out = min(args.anchor, 8), args.out / "quick"
     args.base = dict(base, seed=args.base_seed)
     args.methods = [method for method in args.methods if args.anchor or not method.startswith("anchor")]
@@ -726,7 +713,7 @@ def main():
     record = stage0(base_model, *data.domain_train, args.tau, device)
     seconds = clock(device) - start
     stage0_s, anchor = {"full": 0.0, "replay": seconds, "tail": seconds}, None
-    say(f"Stage 0: {len(record):,} positions in {seconds:.1f} s; a position at tau = {args.tau}: "
+    say(f"Stage 0: {len(record):,} positions in {seconds:.1f} s; at tau = {args.tau} each has "
         f"{record.subset_sizes.float().mean():.0f} tokens in {record_bytes(record):.0f} bytes; "
         f"its float32 logits would take {4 * data.size.vocab_size}")
     if any(method.startswith("anchor") for method in args.methods):
@@ -735,7 +722,7 @@ def main():
         if args.anchor_text == "own":
             text = write_text(base_model, data.tokenizer.end, args.anchor, device)
         else:
-            text = next(batches(data.streams[:2], dict(batch=args.anchor, seed=0), data.context))
+            text = next(batches(data.streams[:2], dict(batch=args.anchor + 1, seed=0), data.context))
         anchor = record_anchor(base_model, text, device)
         stage0_s["anchor"] = seconds + clock(device) - start
         say(f"Stage 0: {record_bytes(anchor.record):.0f} bytes a position; the first window and the last:")
@@ -745,8 +732,7 @@ def main():
     # Stage 1
     probe, runs = outside_mass_probe(*data.domain_train, device), []
     plan = list(itertools.product(args.seeds, args.methods))
-    config = {name: value if name not in ("device", "out") else str(value) for name, value in vars(args).items()}
-    config |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    config = vars(args) | {"torch": torch.__version__, "threads": torch.get_num_threads()}
     for i, (seed, method) in enumerate(plan, 1):
         seconds = args.steps * args.batch * 5e-3
         say(f"Stage 1, run {i} of {len(plan)}: {method}, seed {seed}, {args.steps} steps", seconds)
@@ -757,7 +743,7 @@ def main():
         run |= {"total_s": run["stage0_s"] + run["steps_s"], "forgetting": run["general_nll"] - base["general_nll"],
                 "forgetting_sql": run["other_nll"] - base["other_nll"]}
         runs.append(run)
-        results = json.dumps({"config": config, "base": base, "runs": runs}, indent=1)
+        results = json.dumps({"config": config, "base": base, "runs": runs}, indent=1, default=str)
         write_atomically(args.out / "results.json", lambda file: file.write(results.encode()))
 
     print()

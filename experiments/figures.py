@@ -1,33 +1,135 @@
-"""Figures, as SVG for light and for dark pages:
+"""What do the results look like? The figures of README.md, THEORY.md and this folder's README.md, as SVG.
 
-    python experiments/figures.py [names]     # without names all of them; needs matplotlib (pip install matplotlib)
+    python -m experiments.figures [NAME ...]     # without names all of them; needs matplotlib (pip install matplotlib)
 
-writes experiments/figures/NAME.svg for the names of FIGURES, at the end of this file. The same data give the same file.
+writes experiments/figures/NAME.svg for the names of FIGURES, at the end of this file; "position" takes base 0 of the
+study from runs/, or pretrains it. For light and for dark pages; lines and markers tell the arms apart without colour.
 """
 
 import argparse
-import json
 import math
-import sys
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from moclip import MoClip  # noqa: E402  (the repository root must be on the path first)
+from experiments import report, sweep
+from experiments.sweep import script, select
+from logits_replay import sample_tail
+from moclip import MoClip
 
-FOLDER = ROOT / "experiments/figures"
-WIDTH = 525 / 72  # inches: 525 pt are the 700 px at which a page shows it, so that sizes in pt are what the reader sees
+FOLDER = sweep.ROOT / "experiments/figures"
+WIDTH = 525 / 72  # inches: 525 pt are the 700 px at which a page shows it, and 12 pt its 16 px of text
 # Backgrounds are transparent. Contrast with white and with GitHub's dark page (#0d1117): grey 4.35 with either, the
 # colours at least 3.3 (WCAG 2.2 asks for 3, of lines and large letters).
 GREY, BLUE, ORANGE, GREEN, RED = "#797979", "#2f81f7", "#d9700a", "#2b9348", "#e5484d"
 STYLE = {
     "svg.hashsalt": "moclip", "path.simplify_threshold": 0.3, "savefig.transparent": True, "legend.frameon": False,
     "figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False,
-    "grid.color": GREY, "grid.alpha": 0.3, "text.color": GREY,
-    "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
-    "font.size": 10, "axes.titlesize": 10, "legend.fontsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9}
+    "grid.color": GREY, "grid.alpha": 0.3, "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY,
+    "xtick.color": GREY, "ytick.color": GREY, "font.size": 12, "axes.titlesize": 12, "axes.labelsize": 12,
+    "legend.fontsize": 12, "xtick.labelsize": 12, "ytick.labelsize": 12, "legend.handlelength": 2.6}
+LOOKS = {"full+adamw": (GREY, "o", "-"), "tail+adamw": (BLUE, "D", "--"), "anchor+adamw": (GREEN, "s", "-"),
+         "replay+adamw": (RED, "v", ":"), "anchor+moclip": (GREEN, "s", ":"), "KL to base": (ORANGE, "^", "--"),
+         "eps 0.0001": (RED, "*", "-."), "LoRA 32": (ORANGE, "P", ":"), "L2-SP 0.001": (BLUE, "X", ":"),
+         "mixed": (GREY, "p", "-."), "own tokens": (RED, "d", ":")}
+
+
+def look(name):
+    color, marker, line = LOOKS[name]
+    return dict(color=color, marker=marker, ls=line, ms=6, lw=1.4, label=name,
+                mfc="none" if name.endswith("moclip") else color)
+
+
+def frontier(plt):
+    """Accuracy against forgetting, a point a rate, mean over bases; and forgetting against seconds, base 0."""
+    rows, arms = report.load(), [name for name in LOOKS if name != "replay+adamw"]  # that one is far below
+    figure, panels = plt.subplot_mosaic("aa;bc", figsize=(WIDTH, 8.6), height_ratios=(3, 2))
+    for panel, key, names in (("a", "prose lost", arms), ("b", "SQL lost", [*arms[:4], "KL to base"])):
+        axes = panels[panel]
+        for name in names:
+            mine = select(rows, seed=0, **report.ARMS[name])
+            groups = [group for lr in sweep.LADDER if len(group := report.at(mine, lr)) == len(sweep.BASES)]
+            axes.plot([max(0, report.mean(group, key)) for group in groups],
+                      [100 * report.mean(group, "accuracy") for group in groups], **look(name))
+        axes.set_xscale("symlog", linthresh=0.05, linscale=0.7)
+        axes.set(xlim=(-0.004, 3), xlabel=f"{key}, nats a token", ylabel="accuracy, %", ylim=(78, 97))
+        ticks(axes.xaxis, (0, 0.05, 0.2, 1))
+    axes = panels["c"]
+    for name in ("full+adamw", "tail+adamw", "anchor+adamw"):
+        runs = [row for value in sweep.LONGER if "steps" in value
+                for row in report.at(select(rows, base=0, seed=0, **{**report.ARMS[name], **value}), 1.2e-3)]
+        axes.plot([row["run, s"] for row in runs], [row["prose lost"] for row in runs], **look(name))
+        for row in runs:
+            axes.annotate(f"{100 * row['accuracy']:.0f}", (row["run, s"], row["prose lost"]), (0, 7), ha="center",
+                          textcoords="offset points", color=LOOKS[name][0])
+    axes.set(xscale="log", yscale="log", xlabel="seconds; labels: accuracy, %", ylabel="prose lost, nats a token")
+    ticks(axes.xaxis, (10, 20, 50, 100))
+    ticks(axes.yaxis, (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2))
+    for axes in panels.values():
+        axes.grid(True)
+    figure.legend(*panels["a"].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def ticks(axis, values):
+    """These ticks of a logarithmic axis and no others, as plain numbers."""
+    low, high = axis.get_view_interval()
+    axis.set_ticks([value for value in values if low <= value <= high], minor=False)
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_ticks([], minor=True)
+
+
+def mass(plt):
+    """R7: the outside mass over the steps, lr 8e-4, mean over bases."""
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.6))
+    for name in ("full+adamw", "replay+adamw", "tail+adamw", "anchor+adamw"):
+        group = report.at(select(report.load(), seed=0, **report.ARMS[name]), 8e-4)
+        logs = torch.tensor([row["outside_mass_log"] for row in group])
+        if len(logs):
+            axes.plot(logs[0, :, 0], logs[:, :, 1].mean(0), **look(name))
+    axes.set(yscale="log", xlabel="step", ylabel="probability outside S")
+    axes.grid(True)
+    axes.legend()
+    return figure
+
+
+def typical(record):
+    """Of the rows with several tokens the one whose |S| and outside mass are nearest to their medians, as ratios."""
+    several = (record.subset_sizes > 1).nonzero().squeeze(1)
+    off = lambda x: (x[several] / x[several].median()).clamp(min=1e-9).log().abs()
+    return int(several[(off(record.subset_sizes.double()) + off(record.outside_mass.double())).argmin()])
+
+
+@torch.no_grad()
+def position(plt):
+    """What Stage 0 keeps of a typical position, and what a batch's tail adds: probabilities in rank order."""
+    base = sweep.prepared(0)
+    (tokens, targets), V = base.data.domain_train, base.data.size.vocab_size
+    record = script.stage0(base.model, tokens, targets, sweep.DEFAULT["tau"], sweep.CPU)
+    row, scored = typical(record), targets != script.IGNORE
+    example, t = (x[row].item() for x in scored.nonzero(as_tuple=True))  # row-major, as Stage 0 numbers them
+    hidden = base.model(tokens[example:example + 1, :t + 1])[0, -1]
+    p = (base.model.embedding.weight @ hidden).softmax(0)
+    rank = torch.empty(V, dtype=torch.long)
+    rank[p.argsort(descending=True, stable=True)] = torch.arange(1, V + 1)
+    S, gold = record.select([row]).token_ids.long(), targets[example, t].item()
+    batch = next(script.domain_batches(targets, sweep.DEFAULT["batch"], 0))
+    golds, generator = targets[batch][scored[batch]], torch.Generator().manual_seed(0)
+    tail = sample_tail(golds, V, sweep.DEFAULT["tail"], generator=generator)
+    R = tail.token_ids[~torch.isin(tail.token_ids, S)]
+    figure, axes = plt.subplots(figsize=(WIDTH, 4.4))
+    axes.plot(torch.arange(1, V + 1), p.sort(descending=True).values, color=GREY, lw=1.4,
+              label=f"all {V:,} tokens; outside S: {record.outside_mass[row]:.1%}")
+    axes.plot(rank[R], p[R], "|", color=ORANGE, ms=11, label=f"the tail of a batch: {len(R)} of them")
+    axes.plot(rank[S], p[S], "o", color=BLUE, ms=6, label=f"S: {len(S)} recorded tokens")
+    axes.plot(rank[gold], p[gold], "*", color=GREEN, ms=17, mec=GREY,
+              label=f"gold: {base.data.tokenizer.decode([gold]).strip()!r}")
+    context = base.data.tokenizer.decode(tokens[example, :t + 1].tolist()).split("\n")
+    axes.set(xscale="log", yscale="log", xlabel="rank", ylabel="probability", title="\n".join(context))
+    axes.title.set_horizontalalignment("left")
+    axes.title.set_position((0, 1))
+    axes.grid(True)
+    axes.legend(loc="lower left")
+    return figure
 
 
 def path(max_angle, steps=2500, lr=0.01, betas=(0.9, 0.99)):
@@ -43,116 +145,35 @@ def path(max_angle, steps=2500, lr=0.01, betas=(0.9, 0.99)):
 
 def orbits(plt):
     """THEORY.md, M7: below 90 degrees the iterates end on a wide circle around the minimum, at 90 within lr of it."""
-    figure, panels = plt.subplots(2, 4, figsize=(WIDTH, 4.15))
+    figure, panels = plt.subplots(2, 4, figsize=(WIDTH, 4.4))
     for degrees, (whole, end) in zip((15, 45, 80, 90), panels.T):
         points = path(math.radians(degrees))
         last = points[-500:]
-        radius = last.norm(dim=1).mean().item()
-        whole.plot(*points.T, color=BLUE, lw=0.8)
-        whole.plot(*points[0], "o", color=ORANGE, ms=5)
-        whole.set(title=f"cap {degrees}°", xlim=(-120, 120), ylim=(-120, 120))
-        whole.set(xticks=(-100, 0, 100), yticks=(-100, 0, 100))
-        end.plot(*last.T, color=BLUE, lw=0.8)
         turn = torch.linspace(0, 2 * math.pi, 181)
-        end.plot(turn.cos(), turn.sin(), color=ORANGE, lw=1.5)
         limit = 1.35 * max(1.0, last.norm(dim=1).max().item())  # a scale of its own
         tick = {15: 40, 45: 10, 80: 2, 90: 1}[degrees]
-        end.set(title=f"radius {radius:.2g} lr", xlim=(-limit, limit), ylim=(-limit, limit))
-        end.set(xticks=(-tick, 0, tick), yticks=(-tick, 0, tick))
+        whole.plot(*points.T, color=BLUE, lw=0.8)
+        whole.plot(*points[0], "o", color=ORANGE, ms=6)
+        end.plot(*last.T, color=BLUE, lw=0.8)
+        end.plot(turn.cos(), turn.sin(), "--", color=ORANGE, lw=1.5)
+        whole.set(title=f"cap {degrees}°", xlim=(-120, 120), ylim=(-120, 120), xticks=(-100, 100), yticks=(-100, 100))
+        end.set(title=f"radius {last.norm(dim=1).mean():.2g} lr", xlim=(-limit, limit), ylim=(-limit, limit),
+                xticks=(-tick, tick), yticks=(-tick, tick))
         for axes in (whole, end):
             axes.set_aspect("equal")
-            axes.plot(0, 0, "+", color=GREY, ms=6)
+            axes.plot(0, 0, "+", color=GREY, ms=7)
     panels[0, 0].set_ylabel("2500 steps")
     panels[1, 0].set_ylabel("the last 500")
-    figure.supxlabel("both coordinates in units of lr; dot: start; cross: minimum; orange circle: radius lr", size=10)
+    figure.supxlabel("in units of lr; dot: start; cross: minimum; dashed circle: radius lr", size=12)
     return figure
 
 
-def study():
-    """(report, rows) of the study."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    import report
-    return report, report.load()
-
-
-def stage0_row(plt):
-    """One real row: its tokens by name, before training and after it with the paper's loss and with the tail."""
-    found = json.loads((ROOT / "experiments/results/row.json").read_text())
-    panels = {"base": "recorded by Stage 0", "replay+adamw": "after the paper's loss",
-              "tail+adamw": "after the loss with a tail"}
-    tokens = [token for token in found["tokens"] if token["recorded"] or max(token[name] for name in panels) > 0.015]
-    others = {name: max(0.0, 1 - sum(token[name] for token in tokens)) for name in panels}
-    tokens.append({"text": "all others", "recorded": False, "gold": False, **others})
-    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 0.24 * len(tokens) + 1.3), sharey=True)
-    for ax, (name, title) in zip(axes, panels.items()):
-        p = [token[name] for token in tokens]
-        bars = ax.barh(range(len(tokens)), p, color=[BLUE if token["recorded"] else RED for token in tokens])
-        ax.bar_label(bars, [f"{x:.3f}" if x >= 5e-4 else "0" for x in p], padding=2, color=GREY, size=9)
-        ax.set(title=f"{title}\n$\\rho$ = {found['outside_mass'][name]:.2f}", xlim=(0, 1.28), xticks=(0, 0.5, 1))
-        ax.set_yticks(range(len(tokens)), [token["text"].strip() + " *" * token["gold"] for token in tokens])
-    axes[0].invert_yaxis()
-    figure.supxlabel(f"probability; blue: in S, the top K that reach tau = {found['tau']}, and gold *; red: outside",
-                     size=10)
-    return figure
-
-
-def frontier(plt):
-    """Accuracy against forgetting; a point a rate, mean over bases and seeds. "mixed" and KL need general text."""
-    report, rows = study()
-    figure, (upper, lower) = plt.subplots(2, 1, figsize=(WIDTH, 4.4), sharex=True, height_ratios=(3, 1))
-    looks = {"full": (GREY, "o"), "replay": (RED, "s"), "tail": (BLUE, "D")}
-    for method in report.sweep.script.METHODS:
-        color, marker = looks[method.split("+")[0]]
-        axes, line = lower if method.startswith("replay") else upper, "-" if method.endswith("adamw") else "--"
-        groups = {lr: report.at(report.select(rows, method=method), lr) for lr in report.sweep.RATES}
-        x = [report.mean(group, "forgetting") for group in groups.values()]
-        y = [100 * report.mean(group, "accuracy") for group in groups.values()]
-        axes.plot(x, y, line, marker=marker, color=color, mfc=color if line == "-" else "none", ms=5, label=method)
-        if method in ("full+adamw", "tail+adamw"):
-            for lr, a, b in zip(groups, x, y):
-                above = method == "tail+adamw"
-                axes.annotate(f"{1e4 * lr:g}", (a, b), (-4, 6) if above else (4, -12), textcoords="offset points",
-                              size=9, color=color, ha="right" if above else "left")
-    for variant, marker in (("mixed", "^"), ("KL to base", "v"), ("eps 0.0001", "*")):
-        for method, color in (("full+adamw", GREY), ("tail+adamw", BLUE)):
-            rows_of = report.select(rows, method=method, variant=variant)
-            groups = [report.at(rows_of, lr) for lr in (report.sweep.RATES[:6] if "eps" in variant else (6e-4, 8e-4))]
-            upper.plot([report.mean(group, "forgetting") for group in groups],
-                       [100 * report.mean(group, "accuracy") for group in groups], ":", marker=marker, ms=6,
-                       color=color, label=f"{method}, {variant}")
-    upper.annotate("better", (0.14, 0.55), (0.24, 0.35), xycoords="axes fraction", color=GREEN, size=11, va="top",
-                   arrowprops=dict(arrowstyle="-|>", color=GREEN, lw=1.5))
-    upper.set(ylabel="test accuracy, %")
-    lower.set(xscale="log", ylabel="the same", ylim=(-4, 50), xticks=(0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2),
-              xticklabels=("0.005", "0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"),
-              xlabel="forgetting: rise of the general NLL, nats a token (log scale); labels: learning rate / 1e-4")
-    lower.minorticks_off()
-    for axes in (upper, lower):
-        axes.grid(True)
-        axes.legend(loc="lower right" if axes is upper else "upper right")
-    return figure
-
-
-def mass(plt):
-    """R7: the outside mass over the steps, at the default setting, mean over bases and seeds."""
-    report, rows = study()
-    figure, axes = plt.subplots(figsize=(WIDTH, 3.2))
-    for method, color in (("full+adamw", GREY), ("replay+adamw", RED), ("tail+adamw", BLUE)):
-        group = report.at(report.select(rows, method=method), report.sweep.DEFAULT["lr"])
-        logs = torch.tensor([row["outside_mass_log"] for row in group])
-        axes.plot(logs[0, :, 0], logs[:, :, 1].mean(0), marker=".", color=color, label=method)
-    axes.set(yscale="log", xlabel="step", ylabel="outside mass")
-    axes.grid(True)
-    axes.legend()
-    return figure
-
-
-FIGURES = {"row": stage0_row, "frontier": frontier, "orbits": orbits, "mass": mass}
+FIGURES = {"position": position, "frontier": frontier, "mass": mass, "orbits": orbits}
 """name -> function(pyplot) -> figure."""
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw the figures as SVG.")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(FIGURES)}; default: all")
     names = parser.parse_args().names or list(FIGURES)
     if unknown := [name for name in names if name not in FIGURES]:

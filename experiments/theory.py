@@ -1,30 +1,27 @@
-"""Two consequences of a small max_angle, simulated beside the formulas of THEORY.md: circling (M7) and noise (M8).
+"""What a small max_angle does, simulated beside the formulas of THEORY.md: circling on f = |w|^2 / 2 (M7), and momentum
+that lives on gradients that are nothing but isotropic noise (M8).
 
-    python experiments/theory.py
+    python -m experiments.theory
 
-Seeded, float64, under a minute on one core. And settings for your model, each with the statement it follows from:
+Seeded, float64, under a minute on one core. And settings for a model, each with the statement it follows from:
 
-    python experiments/theory.py --advise --vocab 151936 --width 896 --layers 24 --epochs 3 --batch 32
+    python -m experiments.theory --advise --vocab 151936 --width 896 --layers 24 --epochs 3 --batch 32
         [--parameters 494032768] [--record FILE.npz] [--angles 82 79 85 ...] [--lr 1e-5]
 
-parameters: those used in matrix products, head included (R8's table); without it 12 d^2 a layer. record: what
-`ReplayRecord.save` wrote. angles: `last_angle` in degrees, of steps with max_angle=math.pi.
-
-M7: MoClip on f = |w|^2 / 2 in the plane; radius = mean |w| over the last steps, in units of lr.
-M8: gradients that are nothing but isotropic noise of norm 1; |m| and what it does to a random walk.
+parameters: all that are multiplied, head included (R8); without it 12 d^2 a layer. record: what `ReplayRecord.save`
+wrote; one with log_probs is an anchor's. angles: `last_angle` in degrees, of steps with max_angle=math.pi.
 """
 
 import argparse
 import math
 import statistics
-import sys
+import time
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from logits_replay import ReplayRecord  # noqa: E402
-from moclip import MoClip  # noqa: E402  (the repository root must be on the path first)
+from logits_replay import ReplayRecord, linear_replay_kl_div
+from moclip import MoClip
 
 DEGREES = (5, 10, 20, 30, 45, 60, 75, 85, 90, 120, 150, 180)
 
@@ -40,18 +37,16 @@ def steady_turn(max_angle, beta1):
     return math.atan2((1 - beta1) * math.sin(max_angle), beta1 * x + (1 - beta1) * math.cos(max_angle))
 
 
-def orbit_radius(max_angle, beta1, a=4 / math.pi, b=1.0):
-    """R / lr = h / (2 sin(psi / 2)), h the mean over all directions of |a atan(sqrt(2) x (cos, sin) / b)|."""
+def orbit_radius(max_angle, beta1):
+    """R / lr = h / (2 sin(psi / 2)), h the mean over all directions of |a atan(sqrt(2) x (cos, sin))|, a = 4 / pi."""
     x, n = steady_ratio(max_angle, beta1), 720
-    h = sum(a * math.hypot(math.atan(math.sqrt(2) * x * math.cos(2 * math.pi * k / n) / b),
-                           math.atan(math.sqrt(2) * x * math.sin(2 * math.pi * k / n) / b)) for k in range(n)) / n
+    h = sum(4 / math.pi * math.hypot(math.atan(math.sqrt(2) * x * math.cos(2 * math.pi * k / n)),
+                                     math.atan(math.sqrt(2) * x * math.sin(2 * math.pi * k / n))) for k in range(n)) / n
     return h / (2 * math.sin(steady_turn(max_angle, beta1) / 2))
 
 
 def batch_cosine(ratio, beta1):
-    """M11: cos(theta) without a cap, zeta / sqrt((1 + zeta) (zeta + chi)).
-
-    ratio: zeta = batch |mu|^2 / tr Sigma, signal to noise in a gradient. chi = (1 - beta1) / (1 + beta1)."""
+    """M11: cos(theta) without a cap, zeta / sqrt((1 + zeta) (zeta + chi)), of zeta = batch |mu|^2 / tr Sigma."""
     return ratio / math.sqrt((1 + ratio) * (ratio + (1 - beta1) / (1 + beta1)))
 
 
@@ -99,24 +94,44 @@ def noise(max_angle, dimensions=4000, steps=2000, beta1=0.9):
     return torch.stack(lengths).mean().item(), torch.stack(cosines).mean().item(), (total @ total).item() / steps
 
 
+def anchor_ms(record, width):
+    """Milliseconds of the anchor, forward and backward, on that record and a random head: the median of 9."""
+    h, W = (torch.randn(n, width, requires_grad=True) for n in (len(record), record.vocab_size))
+    def step():
+        start = time.perf_counter()
+        torch.autograd.grad(linear_replay_kl_div(h, W, record), (h, W))
+        return 1000 * (time.perf_counter() - start)
+    return statistics.median(step() for _ in range(9))
+
+
 def advise(vocab, width, layers, epochs, batch, parameters=None, record=None, angles=(), lr=None, beta1=0.9):
-    """Lines of advice: "From your numbers to settings" of THEORY.md, with the numbers put in."""
+    """Lines of advice, each with the statement of THEORY.md that it follows from."""
     share = vocab * width / (parameters or vocab * width + 12 * layers * width**2)
     yield f"head share: s = {share:.1%} of the operations{'' if parameters else ', at 12 d^2 parameters a layer'} (R8)"
     kappa = 1 / 50  # the tail's, and the record's, if it is known
     yield (f"tail: V/50 = {vocab // 50} tokens beside the golds of the batch, from the first step on: rho rises within"
            f" tens of steps; {share / 50:.1%} of all operations, and the golds' part (R7, R9)")
+    if record is not None:
+        if record.vocab_size != vocab:
+            raise ValueError(f"the record is one of vocab_size {record.vocab_size}, not of {vocab}")
+        scored = record.subset_sizes > 0  # an ignored position has an empty row
+        sizes, rho = record.subset_sizes[scored].double(), record.outside_mass[scored].double().mean().item()
+        if record.log_probs is not None:
+            step, blind = record.select(torch.arange(min(len(record), 320))), (sizes == 1).double().mean().item()
+            stored = sum(x.nbytes for x in vars(record).values() if isinstance(x, torch.Tensor)) / len(record)
+            yield (f"anchor: of the base's KL it sees the part inside, weighted {1 - rho:.1%}, and nothing at the"
+                   f" {blind:.1%} of positions with one token{': ask for a larger tau' if blind > 0.1 else ''} (R13)")
+            yield (f"its price: {stored:.0f} bytes a position; {anchor_ms(step, width):.2f} ms in the head for"
+                   f" {len(step)} positions a step, measured here and now, and their way through the body (R8)")
+            record = None  # the one to train on is another
     if record is None:
         yield (f"tau: 0.9 with that tail; without one expect to lose accuracy, and start at 0.98: higher while the mean"
                f" subset stays below V/10 = {vocab // 10} tokens (R1, R3, R7)")
     else:
-        if record.vocab_size != vocab:
-            raise ValueError(f"the record is one of vocab_size {record.vocab_size}, not of {vocab}")
-        scored = record.subset_sizes > 0  # an ignored position has an empty row
-        part, rho = (x[scored].double().mean().item() for x in (record.subset_sizes / vocab, record.outside_mass))
+        part = sizes.mean().item() / vocab
         room = "there is room for a larger tau" if part < 0.1 else "a smaller tau would make it cheaper"
-        yield (f"tau: {record.tau:g} keeps {part * vocab:.0f} tokens a row, {part:.2%} of the dense head:"
-               f" {room} (R8); the gradient's bias was {2 * rho:.4f} when it was recorded (R3)")
+        yield (f"tau: {record.tau:g} keeps {part * vocab:.0f} tokens a row, {part:.2%} of the dense head: {room} (R8);"
+               f" the gradient's bias was {2 * rho:.4f} when it was recorded (R3)")
         kappa += part
     saved, one = share * (1 - kappa), 1 / (3 * epochs)  # by replay in all epochs; by one Stage 0, lost
     yield (f"recordings: {math.floor(saved / one)} at most pay for themselves; one saves {saved - one:.1%} of all"
@@ -141,19 +156,18 @@ def advise(vocab, width, layers, epochs, batch, parameters=None, record=None, an
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--advise", action="store_true", help="print settings instead of simulating")
-    numbers = [parser.add_argument(f"--{name}", type=int) for name in ("vocab", "width", "layers", "epochs", "batch")]
-    parser.add_argument("--parameters", type=int)
+    names = "vocab", "width", "layers", "epochs", "batch"
+    for name in (*names, "parameters"):
+        parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--record", type=Path)
     parser.add_argument("--angles", type=float, nargs="+", default=[], metavar="DEG")
     parser.add_argument("--lr", type=float)
     args = parser.parse_args(argv)
     if args.advise:
-        values = {number.dest: getattr(args, number.dest) for number in numbers}
-        if not all(value is not None and value > 0 for value in values.values()):
-            parser.error("--advise needs positive " + ", ".join(f"--{name}" for name in values))
+        if min(values := [getattr(args, name) for name in names]) <= 0:
+            parser.error("--advise needs positive " + ", ".join(f"--{name}" for name in names))
         record = ReplayRecord.load(args.record) if args.record else None
-        for line in advise(**values, parameters=args.parameters, record=record, angles=args.angles, lr=args.lr):
-            print("-", line)
+        print(*(f"- {line}" for line in advise(*values, args.parameters, record, args.angles, args.lr)), sep="\n")
         return
     torch.set_num_threads(1)
     print("M7: radius / lr on f = |w|^2 / 2, betas (0.9, 0.99)")
@@ -167,11 +181,9 @@ def main(argv=None):
     for degrees in DEGREES:
         D = math.radians(min(degrees, 90))
         x, cosine = steady_ratio(D, 0.9), 0.9 + 0.1 * math.cos(D) / steady_ratio(D, 0.9)
-        T = 2000
-        diffusion = x**2 * ((1 + cosine) / (1 - cosine) - 2 * cosine * (1 - cosine**T) / (1 - cosine)**2 / T)
-        length, mean_cosine, walk = noise(math.radians(degrees))
-        print(f"{degrees:7d} deg {length:19.4f} {x:8.4f} {mean_cosine:20.5f} {cosine:8.5f}"
-              f" {walk:21.2f} {diffusion:8.2f}")
+        diffusion = x**2 * ((1 + cosine) / (1 - cosine) - 2 * cosine * (1 - cosine**2000) / (1 - cosine)**2 / 2000)
+        length, mean, walk = noise(math.radians(degrees))
+        print(f"{degrees:7d} deg {length:19.4f} {x:8.4f} {mean:20.5f} {cosine:8.5f} {walk:21.2f} {diffusion:8.2f}")
 
 
 if __name__ == "__main__":

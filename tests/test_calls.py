@@ -2,11 +2,8 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-import calls  # noqa: E402  (its folder is on the path only now)
+from experiments import calls
 
 ONES = dict(zip("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
                 "seventeen eighteen nineteen".split(), range(1, 20)))

@@ -103,6 +103,13 @@ def test_bad_input_to_the_rotation_and_to_the_angle_names_the_argument(g, m, max
             angle_between(g, m)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_the_angle_with_a_vector_that_is_not_finite_is_nan_and_rotates_nothing(bad):
+    u, v = torch.tensor([bad, 1.0]), torch.tensor([0.0, 1.0])
+    assert angle_between(u, v).isnan() and angle_between(v, u).isnan() and angle_between(u, 0 * v).isnan()
+    assert torch.equal(clip_angle(u, -v, 0.1).nan_to_num(7.0), u.nan_to_num(7.0))
+
+
 def test_empty_tensors_have_the_angle_0():
     for empty in torch.zeros(0), torch.zeros(0, 2):
         assert angle_between(empty, empty) == 0 and clip_angle(empty, empty, 0.1).shape == empty.shape
@@ -238,6 +245,41 @@ def test_in_one_scope_the_coarser_dtype_decides_which_squares_are_lost():
     assert optimizer.last_angle == 0  # of two halves of one vector one has no square in float32
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize("first", [True, False])
+def test_once_a_gradient_was_not_finite_the_angle_is_nan_at_every_later_step(bad, scope, first):
+    hit, other = weights = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))]
+    optimizer = MoClip(weights, max_angle=0.5, scope=scope)
+    if not first:
+        train(optimizer, weights, 3)
+        assert not optimizer.last_angle.isnan().any()
+    for steps in range(4):
+        for w in weights:
+            w.grad = torch.ones_like(w)
+        if steps == 0:
+            hit.grad[0] = bad
+        optimizer.step()
+        # one angle over both, or that of `hit` alone
+        expected = [True] if scope == "global" else [True, False]
+        assert optimizer.last_angle.isnan().reshape(-1).tolist() == expected
+        assert not optimizer.last_clipped.reshape(-1)[0]
+    assert not optimizer.state[hit]["exp_avg"].isfinite().all() and other.isfinite().all()
+    assert hit[1].isfinite()  # as in Adam, coordinate by coordinate
+
+
+def test_what_is_antiparallel_is_decided_in_the_precision_of_the_arithmetic_not_of_the_gradient():
+    """177 degrees: less than sqrt(eps) of bfloat16 away from pi, but the rotation is computed in float32."""
+    w = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    optimizer = MoClip([w], betas=(0.5, 0.9))
+    for g in [2.0, 0.0], [-1.0, 0.05]:
+        w.grad = torch.tensor(g, dtype=torch.bfloat16)
+        optimizer.step()
+    # m = (1, 0), then half of it and half of |g| (0, 1); a restart would leave half of g, (-0.5, 0.025)
+    expected = [0.5, 0.5 * w.grad.float().norm().item()]
+    assert optimizer.state[w]["exp_avg"].tolist() == pytest.approx(expected, abs=8 * EPS32)
+
+
 @pytest.mark.parametrize("dtype, state_dtype", [
     (torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
 def test_state_is_adams_and_wide(dtype, state_dtype):
@@ -305,6 +347,59 @@ def test_loading_copies_the_moments_and_takes_a_parameter_without_state():
     assert [other.state[p]["step"].item() for p in (first, second)] == [3, 1]
 
 
+@pytest.mark.parametrize("step", [5, 5.0, torch.tensor(5), torch.tensor(5.0, dtype=torch.float64)], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_state_of_adamw_is_one_of_moclip_and_back(dtype, step):
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(3).to(dtype)), torch.nn.Parameter(torch.randn(2, 2).to(dtype))]
+    adamw = torch.optim.AdamW([dict(params=weights[:1], lr=0.3), dict(params=weights[1:], betas=(0.5, 0.75))])
+    train(adamw, weights, 5)
+    saved = copy.deepcopy(adamw.state_dict())
+    for state in saved["state"].values():
+        state["step"] = step
+    optimizer = MoClip([dict(params=weights[:1], a=0.5), dict(params=weights[1:])], max_angle=0.25)
+    optimizer.load_state_dict(saved)
+    # AdamW's options where it has one, else MoClip's own, of the group
+    assert [[group[name] for name in ("lr", "betas", "weight_decay", "max_angle", "a", "b", "scope")]
+            for group in optimizer.param_groups] == [[0.3, (0.9, 0.999), 0.01, 0.25, 0.5, 1.0, "global"],
+                                                     [1e-3, (0.5, 0.75), 0.01, 0.25, 4 / math.pi, 1.0, "global"]]
+    for w in weights:
+        ours, theirs = optimizer.state[w], adamw.state[w]
+        assert ours["step"].dtype == ours["exp_avg"].dtype == ours["exp_avg_sq"].dtype == torch.float32
+        assert ours["step"] == 5
+        assert all(torch.equal(ours[key], theirs[key].float()) for key in ("exp_avg", "exp_avg_sq"))
+    train(optimizer, weights, 1)
+    back = torch.optim.AdamW([dict(params=weights[:1]), dict(params=weights[1:])])
+    back.load_state_dict(optimizer.state_dict() | {"param_groups": back.state_dict()["param_groups"]})
+    assert all(torch.equal(back.state[w][key], optimizer.state[w][key].to(dtype)) and back.state[w]["step"] == 6
+               for w in weights for key in ("exp_avg", "exp_avg_sq"))
+    train(back, weights, 1)
+
+
+@pytest.mark.parametrize("other, message", [
+    (lambda ws: torch.optim.SGD(ws, momentum=0.9), "state of parameter 0 must have 'step'"),
+    (lambda ws: torch.optim.Adagrad(ws), "state of parameter 0 must have 'exp_avg'"),
+    (lambda ws: torch.optim.Adamax(ws), "state of parameter 0 must have 'exp_avg_sq'"),
+    (lambda ws: torch.optim.AdamW([torch.nn.Parameter(torch.ones(2)), ws[1]]), "state of parameter 0 must have 'exp_a"),
+    (lambda ws: torch.optim.AdamW(ws, maximize=True), "maximize must be False"),
+    (lambda ws: torch.optim.AdamW([dict(params=[w]) for w in ws]), "loaded state dict has a different number"),
+    (lambda ws: MoClip(ws, scope="tensor"), 'scope must be "global" with a shard_group')])
+def test_another_state_is_refused_by_name_on_loading_and_nothing_has_changed(other, message):
+    weights = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
+    optimizer = MoClip(weights)
+    train(optimizer, weights, 1)
+    if "shard_group" in message:
+        optimizer.shard_group = object()  # no process group is asked for anything before a step
+    before = copy.deepcopy(optimizer.state_dict())
+    theirs = other(weights)
+    train(theirs, [p for group in theirs.param_groups for p in group["params"]], 1)
+    with pytest.raises(ValueError, match="^" + message):
+        optimizer.load_state_dict(theirs.state_dict())
+    after = optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"] and all(
+        torch.equal(before["state"][i][key], x) for i in (0, 1) for key, x in after["state"][i].items())
+
+
 def test_schedulers_closures_and_added_groups():
     w, late = torch.nn.Parameter(torch.tensor([1.0])), torch.nn.Parameter(torch.tensor([1.0]))
     optimizer = MoClip([w], lr=0.1)
@@ -325,7 +420,7 @@ def test_schedulers_closures_and_added_groups():
 
 @pytest.mark.parametrize("options, message", [
     (dict(lr=-1.0), "lr must"), (dict(lr=math.nan), "lr must"), (dict(lr=math.inf), "lr must"),
-    (dict(lr=torch.ones(1)), r"lr must be a number or a 0-dim tensor, got the shape \(1,\)$"),
+    (dict(lr=torch.ones(1)), "lr must be a number or 0-dim tensor, finite and >= 0, got tensor"),
     (dict(weight_decay=-0.1), "weight_decay must"), (dict(weight_decay=math.inf), "weight_decay must"),
     (dict(a=0.0), "a must"), (dict(b=math.inf), "b must"),
     (dict(betas=(0.9, 1.0)), "betas must"), (dict(betas=(-0.1, 0.9)), "betas must"), (dict(betas=(0.9,)), "betas must"),
@@ -338,7 +433,7 @@ def test_bad_hyperparameters(options, message):
 
 @pytest.mark.parametrize("group, message", [
     (dict(lr=-1), "lr"), (dict(scope="tensor"), "scope must be the same"),
-    (dict(max_angle=0.1), r'max_angle must be the same for all parameter groups when scope="global": got \d')])
+    (dict(max_angle=0.1), r'max_angle must be the same for all parameter groups when scope="global", got 0\.1$')])
 def test_a_refused_group_leaves_the_optimizer_as_it_was(group, message):
     optimizer = MoClip([torch.nn.Parameter(torch.ones(1))])
     with pytest.raises(ValueError, match="^" + message):

@@ -1,6 +1,8 @@
 """At home in PyTorch: compilation, mixed precision, accumulation, checkpointing, and several processes."""
 
+import contextlib
 import copy
+import functools
 import math
 import warnings
 
@@ -159,18 +161,27 @@ def network():
     return nn.Sequential(nn.Linear(6, 10), nn.LayerNorm(10), nn.Linear(10, 3)).double()
 
 
-def fit(model, scope, share=slice(None)):
+def one_tensor():
+    torch.manual_seed(0)
+    return nn.Linear(6, 3, bias=False).double()
+
+
+def fit(model, scope, share=slice(None), make=MoClip):
     """Angles and parameters after five steps on this process's share of every batch."""
     generator = torch.Generator().manual_seed(1)
-    optimizer, angles = MoClip(model.parameters(), lr=0.05, max_angle=1.0, weight_decay=0.1, scope=scope), []
+    optimizer, angles = make(model.parameters(), lr=0.05, max_angle=1.0, weight_decay=0.1, scope=scope), []
     for _ in range(5):
         x, y = (torch.randn(8, n, generator=generator, dtype=torch.float64)[share] for n in (6, 3))
         optimizer.zero_grad()
         ((model(x) - y) ** 2).mean().backward()
+        for p in model.parameters():
+            if getattr(p, "left_to_us", False):
+                dist.all_reduce(p.grad.div_(2))
         optimizer.step()
-        angles.append(optimizer.last_angle)
+        angles.append(getattr(optimizer, "optim", optimizer).last_angle)  # ZeroRedundancyOptimizer's is inside
     whole = lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x
-    return [whole(x.detach()) for x in (*angles, *model.parameters())]
+    with getattr(type(model), "summon_full_params", contextlib.nullcontext)(model):  # FSDP1's
+        return [whole(x.detach()).clone() for x in (*angles, *model.parameters())]
 
 
 def process(rank, folder):
@@ -206,6 +217,52 @@ def test_two_processes_take_the_steps_of_one_under_ddp_and_fsdp(tmp_path):
     joined = ReplayRecord.concat([ReplayRecord.load(tmp_path / f"shard-{rank}.npz") for rank in range(2)])
     assert all(torch.equal(getattr(joined, name), getattr(record, name))
                for name in ("token_ids", "offsets", "outside_mass"))
+
+
+def sharded(rank, folder):
+    """Optimizers that see a part of the parameters, or tensors that cannot be added."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/meeting")
+    share, ddp, results = slice(4 * rank, 4 * rank + 4), nn.parallel.DistributedDataParallel, {}
+    one_angle = functools.partial(MoClip, shard_group=dist.group.WORLD)
+    zero = functools.partial(ZeroRedundancyOptimizer, optimizer_class=one_angle)
+    results["zero", "global"] = fit(ddp(network()), "global", share, zero)
+    results["zero", "tensor"] = fit(
+        ddp(network()), "tensor", share, functools.partial(ZeroRedundancyOptimizer, optimizer_class=MoClip))
+    results["zero, one tensor", "global"] = fit(ddp(one_tensor()), "global", share, zero)  # one process has none
+    for flat in (True, False):
+        model = FullyShardedDataParallel(network(), device_id=torch.device("cpu"), use_orig_params=not flat)
+        results[f"fsdp1, flat {flat}", "global"] = fit(model, "global", share, one_angle)
+    for scope in ("global", "tensor"):
+        model = network()
+        fully_shard(model[0], mesh=init_device_mesh("cpu", (2,)))
+        fully_shard(model[2], mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))["b"])
+        for p in model[1].parameters():
+            p.left_to_us = True
+        assert len({getattr(p, "device_mesh", None) for p in model.parameters()}) == 3
+        results["plain tensors and two meshes", scope] = fit(model, scope, share)
+    torch.save(results, f"{folder}/results-{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+def test_the_angle_is_one_over_shards_and_meshes_and_plain_tensors(tmp_path):
+    torch.multiprocessing.spawn(sharded, (str(tmp_path),), nprocs=2)
+    results = [torch.load(tmp_path / f"results-{rank}") for rank in range(2)]
+    assert len(results[0]) == len(results[1]) == 7
+    for engine, scope in results[0]:
+        model = one_tensor() if "one tensor" in engine else network()
+        alone = fit(model, scope)
+        if (engine, scope) == ("zero", "tensor"):  # each process reports the angles of its own tensors
+            alone = alone[5:]
+        for rank in range(2):
+            for mine, expected in zip(results[rank][engine, scope][-len(alone):], alone, strict=True):
+                # sums over two halves: rounded in another order, through five steps of curvature about 1
+                torch.testing.assert_close(mine, expected, rtol=2**10 * EPS, atol=2**10 * EPS,
+                                           msg=f"{engine} {scope} rank {rank}")
 
 
 # --------------------------------- what PyTorch's test_optim.py asks of every optimizer, where the code here has a say

@@ -1,7 +1,6 @@
 """README's loop runs as printed and learns, its tables are those of the result files, its counts those of the files."""
 
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,13 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from experiments import report
 from logits_replay import ReplayRecord, linear_replay_cross_entropy, outside_mass, record_topk, sample_tail
 from moclip import MoClip
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-sys.path.insert(0, str(ROOT / "experiments"))
-import report  # noqa: E402  (its folder is on the path only now)
 
 
 class CausalLM(nn.Module):

@@ -6,6 +6,7 @@ Tolerances are multiples of EPS with the reason beside them; simulations are see
 """
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from test_theory_map import table_rows
+from test_theory_map import section, table_rows
 
 from experiments.theory import batch_cosine, batch_ratio, orbit_radius, steady_ratio, steady_turn
 from moclip import MoClip, angle_between, clip_angle
@@ -768,6 +769,27 @@ def test_m8_false_in_few_dimensions_where_noise_is_not_orthogonal():
 
 # -- M9: neighbourhood of convergence --------------------------------------------------------------------------------
 
+def sign_noise(B, h, L):
+    """N of M9(a), L the L_i: what the bias and the length of a step keep of the gradient."""
+    return 2 * B + h / 2 * np.sum(L)
+
+
+def sign_mean_bound(f0, h, steps, N):
+    """M9(a): the most that the mean of |grad f|_1 over the first steps can be."""
+    return f0 / (h * steps) + N
+
+
+def sign_level(h, N, mu):
+    """F of M9(c): the level that is never left."""
+    return max(h * N, N**2 / (2 * mu))
+
+
+def sign_steps(f0, level, h, N, mu):
+    """M9(c): from this step on f - f_min is at most `level`, which lies between F and f0."""
+    s0, s1 = (math.sqrt(2 * mu * f) for f in (f0, level))
+    return (s0 - s1 + N * math.log((s0 - N) / (s1 - N))) / (h * mu)
+
+
 def no_bias(gradient, t):
     return 0 * gradient
 
@@ -805,20 +827,20 @@ def test_m9_sign_limit_reaches_the_stated_neighbourhood_under_any_bias(L, start,
     true, _, _ = descend(L, start, steps, bias, lr, b=b)
     h = lr * 4 / math.pi * math.atan(1 / b)
     f = (true**2 / L).sum(1) / 2
-    N = 2 * B + h * L.sum() / 2
-    assert abs(true).sum(1).mean() <= (f[0] / (h * steps) + N) * (1 + 1e-12)  # the mean, not only the least
+    N = sign_noise(B, h, L)
+    assert abs(true).sum(1).mean() <= sign_mean_bound(f[0], h, steps, N) * (1 + 1e-12)  # the mean, not only the least
     # (c): a quadratic has |grad f|_1^2 >= |grad f|_2^2 >= 2 mu f with mu the smallest L_i
-    near = max(h * N, N**2 / (2 * L.min()))
+    near = sign_level(h, N, L.min())
     assert (f[1:] <= np.maximum(f[:-1], near) * (1 + 1e-12)).all()  # outside it falls, and what is inside stays
 
 
 @settings(max_examples=25)
 @given(st.floats(0.5, 4), st.floats(0, 0.5), st.floats(0.03, 0.3), st.integers(0, 2**32 - 1))
 def test_m9_iterates_reach_the_stated_level_in_the_stated_number_of_steps_and_stay(L, B, h, seed):
-    rng, N, mu = np.random.default_rng(seed), 2 * B + h * 2 * L / 2, L
-    near, f0 = 1.1 * max(h * N, N**2 / (2 * mu)), 2 * L
-    steps = math.ceil(f0 / (h * (math.sqrt(2 * mu * near) - N)))  # until then f falls by at least that a step
-    assume(steps < 1000)
+    rng, N, mu = np.random.default_rng(seed), sign_noise(B, h, [L, L]), L
+    near, f0 = 1.1 * sign_level(h, N, mu), 2 * L
+    assume(near < f0)
+    steps = math.ceil(sign_steps(f0, near, h, N, mu))
 
     def bias(gradient, t):
         e = np.where(rng.random(2) < 0.5, -1.001 * gradient, rng.normal(size=2))
@@ -832,7 +854,9 @@ def test_m9_iterates_reach_the_stated_level_in_the_stated_number_of_steps_and_st
 def test_m9_tight_one_dimension_without_bias_comes_back_to_the_level_h_N(L, h):
     delta = 1e-3 * h
     true, _, _ = descend(np.array([L]), [delta], 20, no_bias, h)
-    level = h * (h * L / 2)
+    N = sign_noise(0, h, L)
+    level = sign_level(h, N, L)
+    assert level == h * N  # and not N^2 / (2 mu), which is half of it
     assert (1 - 3e-3) * level < (true[1::2]**2 / L / 2).min() and (true**2 / L / 2).max() <= level * (1 + 1e-12)
 
 
@@ -846,9 +870,35 @@ def test_m9_tight_a_bias_that_turns_one_sign_keeps_the_level_and_for_short_steps
         slope = c * w.detach().sum()
         w.grad = torch.stack([slope, slope - B])
         optimizer.step()
-    level, bound = c * float(w.detach().sum())**2 / 2, (2 * B + 2 * c * h)**2 / (2 * 4 * c)
+    N, level = sign_noise(B, h, [2 * c, 2 * c]), c * float(w.detach().sum())**2 / 2
+    bound = sign_level(h, N, 4 * c)
+    assume(bound > h * N)
     assert level == pytest.approx(B**2 / (2 * c), rel=1e-6)  # no step has changed it
     assert level < bound <= level * (1 + c * h / B)**2 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("L, low", [(0.5, 0.1), (1.0, 0.5), (4.0, 0.02)])
+def test_m9_tight_the_level_is_reached_no_sooner_than_stated_without_bias(L, low):
+    h = 0.001  # one dimension: |grad f|^2 = 2 L f, and f falls by h (|grad f| - N) exactly
+    w = abs(descend(np.array([L]), [1.0], 1001, no_bias, h)[0][:, 0]) / L
+    steps = sign_steps(L / 2, L * low**2 / 2, h, sign_noise(0, h, L), L)
+    assert steps - 1 - math.log(1 / low) <= np.argmax(w <= low) <= math.ceil(steps)
+
+
+def test_m9_tight_the_level_is_reached_no_sooner_than_stated_under_a_hostile_bias():
+    # f = c (w_1 + ... + w_d)^2 / 2: all slopes are s = c (sum of w), mu = c d^2, and a bias of B turns B / s of d signs
+    d, c, B, h = 400, 1.0, 1.0, 2e-7
+    N, mu = sign_noise(B, h, [c * d] * d), c * d**2
+    level, start, t = 1.5 * sign_level(h, N, mu), 8 * N / d / c, 0
+    w = torch.nn.Parameter(torch.zeros(d, dtype=torch.float64))
+    w.data[0], optimizer = start, MoClip([w], lr=h, betas=(0.0, 0.0), max_angle=math.pi)
+    while c * w.detach().sum().item()**2 / 2 > level:
+        slope = c * w.detach().sum().item()
+        w.grad = torch.full_like(w, slope)
+        w.grad[:int(B / slope / 1.001)] *= -1e-3
+        optimizer.step()
+        t += 1
+    assert 0.985 <= t / sign_steps(c * start**2 / 2, level, h, N, mu) <= 1
 
 
 def test_m9_false_if_a_parameter_is_left_out_of_a_step():
@@ -873,7 +923,7 @@ def test_m9_tight_a_hostile_bias_holds_the_gradient_at_2B_plus_Lhd_over_2_for_ev
 
     start = [(B + L * h) / L, B / L]
     true, errors, _ = descend(np.array([L, L]), start, 30, bias, h)
-    bound = 2 * B + L * h * 2 / 2
+    bound = sign_noise(B, h, [L, L])
     np.testing.assert_allclose(abs(true).sum(1), bound, rtol=1e-9)  # never better than the bias and stability terms
     assert abs(errors).sum(1).max() <= B * (1 + 1e-8)
 
@@ -881,7 +931,7 @@ def test_m9_tight_a_hostile_bias_holds_the_gradient_at_2B_plus_Lhd_over_2_for_ev
 def test_m9_tight_without_bias_the_iterates_oscillate_at_the_stability_term():
     L, h = np.array([1.0, 2.0, 4.0]), 0.125
     true, _, _ = descend(L, np.full(3, h / 2), 20, no_bias, h)
-    np.testing.assert_allclose(abs(true).sum(1), h * L.sum() / 2, rtol=1e-12)
+    np.testing.assert_allclose(abs(true).sum(1), sign_noise(0, h, L), rtol=1e-12)
 
 
 def test_m9_false_for_a_bias_that_is_not_bounded_in_the_one_norm():
@@ -1023,11 +1073,19 @@ def test_m11_cap_idles_above_the_stated_ratio_and_acts_below(degrees):
     assert shares[0] > 0.9 and shares[1] < 0.1
 
 
-def test_m11_table_follows_from_the_formula_and_90_degrees_never_idles():
-    rows = table_rows("M11", r"^\| (\d+)° \| ([\d.]+) \|$")
-    assert len(rows) == 5
-    for degrees, ratio in rows:
-        assert ratio == f"{batch_ratio(math.radians(float(degrees)), 0.9):.{len(ratio.partition('.')[2])}f}"
+def test_m11_numbers_of_the_text_follow_from_the_formula_and_90_degrees_never_idles():
+    text = " ".join(section("M11").split())
+    degrees, ratios = re.search(r"caps of ([\d, ]+) degrees \S+ is ([\d., ]+)\.", text).groups()
+    degrees, ratios = degrees.split(", "), ratios.split(", ")
+    assert len(degrees) == len(ratios) == 5
+    for D, ratio in zip(degrees, ratios):
+        assert ratio == f"{batch_ratio(math.radians(float(D)), 0.9):.{len(ratio.partition('.')[2])}f}"
+    ratio, *factors = re.search(r"82 degrees is \S+=([\d.]+)\$; a cap of 75 degrees needs ([\d.]+) times that batch, "
+                                r"one of 60 degrees ([\d.]+) times", text).groups()
+    measured = batch_ratio(math.radians(82), 0.9)
+    assert ratio == f"{measured:.4f}"
+    for D, factor in zip((75, 60), factors):
+        assert factor == f"{1.4 * batch_ratio(math.radians(D), 0.9) / measured:.1f}"
     ratios = np.geomspace(1e-4, 1e3, 50)
     cosines = [batch_cosine(x, 0.9) for x in ratios]
     assert (np.diff(cosines) > 0).all() and batch_cosine(1e-12, 0.9) < 1e-5  # so any batch is enough at 90 degrees
