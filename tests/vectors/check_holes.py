@@ -60,6 +60,7 @@ KL_GRADIENT = "gradients[-1][j] = math.exp(b) - math.exp(a)"
 KL_LOOP = "    losses, gradients = [], []\n    for z, subset, log_p0 in"
 KL_SEEN = KL_LOOP, "    global seen\n    seen = token_ids\n" + KL_LOOP  # by `mean`
 LOG_SOFTMAX = "return [(x - largest) - math.log(total) for x in z]"
+ADD_UP = "require(math.fsum(map(math.exp, log_p0)) <= 1.01"
 RECORDED = "[[log_p[j] for j in subset]"
 PICKED = "return [token_ids[t] for t in positions], [log_probs[t] for t in positions]"
 UPDATE = 'math.atan2(m[k] / c1, o["b"] * math.sqrt(v[k] / c2))'
@@ -431,8 +432,9 @@ pad = [-1e9 for j in tail[0] if j in subset]
         ("the first rows, whatever is selected", BOTH, PICKED,
          "return token_ids[:len(positions)], log_probs[:len(positions)]"),
         ("the selected rows in ascending order", BOTH, *within(PICKED, "positions", "sorted(positions)")),
-        ("positive log-probabilities taken", BOTH, "max(log_p0, default=0) <= 0", "True"),
-        ("probabilities of a row above 1 taken", BOTH, " and math.fsum(map(math.exp, log_p0)) < 1.01", ""),
+        ("probabilities of a row above 1 taken", BOTH, ADD_UP, "require(True"),
+        ("probabilities of a row above 1 taken, but for the first row", BOTH,
+         *within(ADD_UP, "(math.f", "(losses or math.f")),
         ("a row with fewer log-probabilities taken", BOTH, "require(len(log_p0) == len(subset)", "require(True"),
         ("a record without log-probabilities taken as uniform", BOTH,
          "require(log_probs is not None, \"log_probs must be in the record\")",

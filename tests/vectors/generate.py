@@ -447,7 +447,7 @@ def anchor_inputs():
          below, None),
         ("large logits: their difference is exact, minus log-sum-exp it is not", [[2.0**20] * 3 + [0.0]], [[0, 1, 2]],
          [[-1.0, -2.0, -3.0]], None),
-        ("refused: a positive log-probability", model, rows, [log_p[0], [2.0**-8], *log_p[2:]], None),
+        ("refused: a positive log-probability", model, rows, [log_p[0], [0.5], *log_p[2:]], None),
         ("refused: probabilities of a row that add up to more than 1", model, rows, [[-0.5, -1.0, -0.5], *log_p[1:]],
          None),
         ("refused: a record without log-probabilities", model, rows, None, None),
