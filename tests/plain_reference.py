@@ -171,7 +171,7 @@ def replay_kl_div(logits, token_ids, log_probs):
     losses, gradients = [], []
     for z, subset, log_p0 in zip(logits, token_ids, log_probs):
         require(len(log_p0) == len(subset), "log_probs must hold one for each recorded token")
-        require(max(log_p0, default=0) <= 0 and math.fsum(map(math.exp, log_p0)) < 1.01, "log_probs must not exceed 1")
+        require(math.fsum(map(math.exp, log_p0)) <= 1.01, "log_probs must be of probabilities that add up to 1 at most")
         log_q0, log_q1 = log_softmax(log_p0), log_softmax([z[j] for j in subset])  # which renormalizes both
         losses.append(math.fsum(math.exp(a) * (a - b) for a, b in zip(log_q0, log_q1)))
         gradients.append([0.0] * len(z))

@@ -414,7 +414,7 @@ def test_a_sample_holds_every_gold_surely_and_others_with_the_inverse_of_their_p
     ids = tail.token_ids.tolist()
     assert ids == sorted(set(ids)) and golds <= set(ids) <= set(range(V)) and len(ids) == len(golds) + min(size, M0)
     assert (tail.token_ids.dtype, tail.log_weight.dtype) == (torch.int64, torch.float32)
-    expected = reference.tail([j for j in ids if j not in golds], target.tolist(), V)
+    expected = reference.sample_tail([j for j in ids if j not in golds], target.tolist(), V)
     assert (ids, tail.log_weight.tolist()) == (expected[0], pytest.approx(expected[1], rel=EPS[torch.float32]))
     again = sample_tail(target, V, size, generator=generator.manual_seed(generator.initial_seed()))
     assert all(torch.equal(a, b) for a, b in zip(tail, again))

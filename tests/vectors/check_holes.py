@@ -60,6 +60,7 @@ KL_GRADIENT = "gradients[-1][j] = math.exp(b) - math.exp(a)"
 KL_LOOP = "    losses, gradients = [], []\n    for z, subset, log_p0 in"
 KL_SEEN = KL_LOOP, "    global seen\n    seen = token_ids\n" + KL_LOOP  # by `mean`
 LOG_SOFTMAX = "return [(x - largest) - math.log(total) for x in z]"
+ADD_UP = "require(math.fsum(map(math.exp, log_p0)) <= 1.01"
 RECORDED = "[[log_p[j] for j in subset]"
 PICKED = "return [token_ids[t] for t in positions], [log_probs[t] for t in positions]"
 UPDATE = 'math.atan2(m[k] / c1, o["b"] * math.sqrt(v[k] / c2))'
@@ -156,6 +157,12 @@ VARIANTS = {
         ("outside = 1 - inside", BOTH, OUTSIDE, "return 1 - math.fsum(p[j] for j in subset)"),
         ("outside counts gold", BOTH, "mass_outside(p, subset))", "mass_outside(p, [j for j in subset if j != y]))"),
         ("softmax without the maximum", BOTH, "largest = max(z)", "largest = 0.0"),
+        ("the maximum of this row and the one before", BOTH, "import math", "import math\nseen = [-math.inf]",
+         "largest = max(z)", "largest, seen[0] = max(max(z), *seen), max(z)"),
+        ("outside mass of the 64 most probable tokens", BOTH, OUTSIDE,
+         "return sum(sorted((x for j, x in enumerate(p) if j not in inside), reverse=True)[:64])"),
+        ("tau in float32", BOTH, *within(BREAK, "tau", "f32(tau)")),
+        ("ranked by probabilities of four digits", BOTH, "(-p[j], j))", "(-round(4000 * p[j]), j))"),
         ("softmax in float32", WIDE, "return [x / total for x in exponentials]",
          "return [f32(x / total) for x in exponentials]"),
         ("ranked by float32 probabilities", WIDE, "(-p[j], j))", "(-f32(p[j]), j))"),
@@ -237,6 +244,8 @@ VARIANTS = {
         ("no scaling before squares, float64", WIDE, NORM, "return math.sqrt(math.fsum(y * y for y in x))"),
         ("no scaling before squares, float32", BOTH, NORM, "return f32(math.sqrt(f32(sum(f32(y * y) for y in x))))"),
         ("antiparallel: sine <= 1e-3", BOTH, *within(ANTIPARALLEL, "math.sqrt(eps)", "1e-3")),
+        ("antiparallel: sine <= 1e-4", BOTH, *within(ANTIPARALLEL, "math.sqrt(eps)", "1e-4")),
+        ("antiparallel: sine <= 5e-9", BOTH, *within(ANTIPARALLEL, "math.sqrt(eps)", "5e-9")),
         ("antiparallel: sine <= 1e-6", BOTH, *within(ANTIPARALLEL, "math.sqrt(eps)", "1e-6")),
         ("antiparallel: float32's threshold in both", WIDE, *within(ANTIPARALLEL, "math.sqrt(eps)", "2**-11.5")),
         ("antiparallel: float64's threshold in both", NARROW, *within(ANTIPARALLEL, "math.sqrt(eps)", "2**-26")),
@@ -263,6 +272,7 @@ VARIANTS = {
         ("restart of the step count, too", BOTH, 'p["step"] += 1', 'p["step"] = 1 if antiparallel else p["step"] + 1'),
         ("no restart", BOTH, BEFORE, "before = m[k]"),
         ("restart of the first parameter only", BOTH, *within(BEFORE, "llel", "llel and p is members[0][0]")),
+        ("restart of the first group only", BOTH, *within(BEFORE, "llel", "llel and o == members[0][1]")),
         ("restart of those without a gradient, too", BOTH, *clear('antiparallel and scope == "global"')),
         ("restart of every scope at once", BOTH, *clear("antiparallel")),
         ("an antiparallel step is left out", BOTH, ITER, "        if antiparallel:\n            continue\n" + ITER),
@@ -422,8 +432,9 @@ pad = [-1e9 for j in tail[0] if j in subset]
         ("the first rows, whatever is selected", BOTH, PICKED,
          "return token_ids[:len(positions)], log_probs[:len(positions)]"),
         ("the selected rows in ascending order", BOTH, *within(PICKED, "positions", "sorted(positions)")),
-        ("positive log-probabilities taken", BOTH, "max(log_p0, default=0) <= 0", "True"),
-        ("probabilities of a row above 1 taken", BOTH, " and math.fsum(map(math.exp, log_p0)) < 1.01", ""),
+        ("probabilities of a row above 1 taken", BOTH, ADD_UP, "require(True"),
+        ("probabilities of a row above 1 taken, but for the first row", BOTH,
+         *within(ADD_UP, "(math.f", "(losses or math.f")),
         ("a row with fewer log-probabilities taken", BOTH, "require(len(log_p0) == len(subset)", "require(True"),
         ("a record without log-probabilities taken as uniform", BOTH,
          "require(log_probs is not None, \"log_probs must be in the record\")",

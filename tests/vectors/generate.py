@@ -106,6 +106,14 @@ def recording_inputs():
         ("8 times the rounded 0.1, one after the other, is < 0.8", [[0.0] * 10], [0], 0.8, None, -100, "float64"),
         ("17 of 18 equal tokens, if added one after the other", [[0.0] * 18], [0], sum([1 / 18] * 17), None, -100,
          "float64"),
+        ("tau is met exactly, which its rounding to float32 would not be", [[0.0] * 10], [0], 0.1 + 0.1 + 0.1, None,
+         -100, "float64"),
+        ("tau is met exactly, which its rounding to float32 would not be", [[0.0] * 10], [0], 3 * float32(0.1), None,
+         -100, "float32"),
+        ("rows of very different height: the maximum is each row's own", [five, [x - 1e4 for x in five]], [4, 4], 0.9,
+         None, -100),
+        ("many tokens are outside", [[-(j % 97) / 64 for j in range(200)]], [199], 0.25, None, -100),
+        ("probabilities that are equal in half precision", [[0.0, 2.0**-16, -3.0]], [2], 0.1, None, -100),
     ]
     for name, logits, target, tau, max_size, ignore_index, *dtype in cases:
         assert "rounded" in name or dtype or clear(logits, tau), name
@@ -246,6 +254,10 @@ def rotation_inputs():
     for sine in (1.25 * 2.0**-12, 2.0**-30):
         yield dict(name=f"a sine of {sine:.2g} from parallel is not antiparallel, cap 0", dtype=None,
                    grad=[1.0, sine], momentum=[1.0, 0.0], max_angle=0.0)
+    for exponent, dtype in ((-11, "float32"), (-12, "float32"), (-25, "float64"), (-27, "float64")):
+        case = dict(name=f"sine of 2^{exponent} from antiparallel, {dtype}", dtype=dtype, grad=[-1.0, 2.0**exponent],
+                    momentum=[1.0, 0.0], max_angle=math.pi / 2)
+        yield {**case, "amplification": 2.0**-exponent} if exponent in (-11, -25) else case
 
 
 # ----------------------------------------------------------------------------------------------------------- MoClip
@@ -319,7 +331,8 @@ def moclip_inputs():
         ("groups of other options, no gradient in the first one every third step, one angle a parameter", "tensor", 90,
          [(DECAY, [two, three]), (OTHER, [two, one])], missing(3), constant),
         ("the whole first group has no gradient every other step", "global", 90, [(OTHER, [two]), (DECAY, [two, one])],
-         lambda t, i, g: None if i == 0 and t % 2 == 0 else g, constant)]
+         lambda t, i, g: None if i == 0 and t % 2 == 0 else g, constant),
+        ("a restart of two groups", "global", 90, [(USUAL, [two]), (DECAY, [two])], restart, constant)]
     for name, scope, degrees, groups, change, lr in cases:
         rng = random.Random(name)
         draw = lambda like, mean: shaped([mean + x for x in normal(rng, len(flat(like)))], like)
@@ -434,7 +447,7 @@ def anchor_inputs():
          below, None),
         ("large logits: their difference is exact, minus log-sum-exp it is not", [[2.0**20] * 3 + [0.0]], [[0, 1, 2]],
          [[-1.0, -2.0, -3.0]], None),
-        ("refused: a positive log-probability", model, rows, [log_p[0], [2.0**-8], *log_p[2:]], None),
+        ("refused: a positive log-probability", model, rows, [log_p[0], [0.5], *log_p[2:]], None),
         ("refused: probabilities of a row that add up to more than 1", model, rows, [[-0.5, -1.0, -0.5], *log_p[1:]],
          None),
         ("refused: a record without log-probabilities", model, rows, None, None),
