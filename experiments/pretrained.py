@@ -107,7 +107,7 @@ def record_shards(model, tokens, targets, tau, device):
 
 @torch.no_grad()
 def write_text(model, count, seed):
-    """train_small.py's `write_text`, (count, CONTEXT + 1), by `generate`: unfiltered, whatever its config says, and going
+    """train_small.py's `write_text`, (count, CONTEXT + 1), by `generate`: unfiltered whatever its config says, going
     on after the end of a text; the first half begins with the beginning-of-text token."""
     torch.manual_seed(seed)
     begin, first = torch.randint(model.config.vocab_size, (count, 1), device=model.device), model.config.bos_token_id
