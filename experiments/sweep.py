@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, CPU = ROOT / "experiments/results/sweep.json", torch.device("cpu")
 DEFAULT = dict(base=0, seed=0, method="full+adamw", variant="", lr=1.2e-3, steps=200, batch=32, max_angle=90.0,
                tau=0.9, tail=256, text="own", windows=120, anchor_tau=0.98, anchor_size=32, anchor_gold=True,
-               anchor_step=2, anchor_weight=1.0)
+               anchor_step=2, anchor_weight=0.3)
 BASES, RATES, LARGE = (0, 1, 2), (4e-4, 8e-4, 1.2e-3, 1.6e-3), (1.6e-3, 3.2e-3, 6.4e-3, 1.28e-2)
 LADDER = sorted({1e-4, 2e-4, 2.4e-3, 2.56e-2, *RATES, *LARGE})
 FULL, TAIL, ANCHOR = (dict(method=f"{loss}+adamw") for loss in ("full", "tail", "anchor"))
@@ -49,12 +49,16 @@ DIALS = {
                       for tau, size in ((0.5, None), (0.9, 16), (0.98, 16), (0.98, 32), (0.999, 64))],
     "windows in all": [dict(windows=count) for count in (20, 60, 120, 600)],
     "windows a step": [dict(anchor_step=count) for count in (1, 2, 4)],
-    "weight": [dict(anchor_weight=weight) for weight in (0.3, 1.0, 3.0)],
+    "weight": [dict(anchor_weight=weight) for weight in (0.1, 0.3, 1.0, 3.0)],
     "begun with": [dict(text=text) for text in ("own", "own, end of text", "own, any token")],
     "gold in S": [dict(anchor_gold=gold) for gold in (True, False)]}
 """dial -> its values, for anchor+adamw on base 0, one at a time."""
 LONGER = [*(dict(steps=steps) for steps in (100, 200, 400, 800)), dict(lr=2.4e-3)]
 """Does forgetting stay put? For full+adamw, tail+adamw and anchor+adamw on base 0."""
+
+
+PRICES = [dict(anchor_weight=0.5), dict(anchor_weight=1.0), dict(anchor_weight=1.0, anchor_step=1)]
+"""More of the anchor than by default, on three bases: what it keeps against what it costs in accuracy."""
 
 
 def studies(rows):
@@ -74,6 +78,7 @@ def studies(rows):
             "longer": [run for value in LONGER for run in runs([ANCHOR, FULL, TAIL], [1.2e-3], [0], **value)],
             "tau": [run for tau in (0.9, 0.99) for run in runs([TAIL, dict(method="replay+adamw")], [8e-4], tau=tau)],
             "record": runs([TAIL, dict(TAIL, variant="gold only")], [8e-4]),
+            "price": [run for price in PRICES for run in runs([{**ANCHOR, **price}], (1.2e-3, 1.6e-3, 2.4e-3))],
             "cap": [run for cap in (60.0, 90.0, 180.0)
                     for run in runs([dict(method="tail+moclip")], [8e-4], max_angle=cap)]}
 
@@ -140,7 +145,8 @@ def stored(base, key, make):
 
 def windows(base, s):
     """The anchor's text, (s.windows, context + 1)."""
-    own = lambda count: script.write_text(base.model, base.data.tokenizer.end, count, CPU, s.seed)
+    device = base.model.embedding.weight.device
+    own = lambda count: script.write_text(base.model, base.data.tokenizer.end, count, device, s.seed)
     given = lambda count: next(script.batches(base.data.streams[:2], dict(batch=count, seed=s.seed), base.data.context))
     if s.text == "given":
         return given(s.windows)  # half prose, half SQL, of what the base was pretrained on
@@ -153,12 +159,13 @@ def windows(base, s):
 
 def recorded(base, text, s):
     """The anchor: text and record. Without gold: the most probable token, in S anyway, is recorded in its place."""
-    tokens, targets = text[:, :-1], text[:, 1:]
+    tokens, targets, head = text[:, :-1], text[:, 1:], base.model.embedding.weight
     if not s.anchor_gold:
         with torch.no_grad():
-            targets = torch.cat([(base.model(x) @ base.model.embedding.weight.T).argmax(-1) for x in tokens.split(32)])
-    record = script.stage0(base.model, tokens, targets, s.anchor_tau, CPU, max_size=s.anchor_size, keep_log_probs=True)
-    return SimpleNamespace(tokens=tokens, record=record)
+            targets = torch.cat([(base.model(x) @ head.T).argmax(-1) for x in tokens.split(32)])
+    record = script.stage0(base.model, tokens, targets, s.anchor_tau, head.device, max_size=s.anchor_size,
+                           keep_log_probs=True)
+    return SimpleNamespace(tokens=tokens.to(head.device), record=record)
 
 
 def stage0(base, s):
