@@ -242,7 +242,7 @@ def _check_group(group, first, shard_group):
     for name in "a", "b":
         _require(0 < group[name] < math.inf, f"{name} must be finite and > 0", group[name])
     _require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "betas must be two numbers in [0, 1)", betas)
-    _require(scope == first["scope"] in ("global", "tensor"), 'scope must be the same in all, "global" or "tensor"', scope)
+    _require(scope == first["scope"] in ("global", "tensor"), 'scope must be one for all, "global" or "tensor"', scope)
     _require(scope == "global" or shard_group is None, 'scope must be "global" with a shard_group', scope)
     _require(0 <= cap <= math.pi, "max_angle must lie in [0, pi] radians", cap)
     _require(scope == "tensor" or cap == first["max_angle"], 'max_angle must be one for all if scope="global"', cap)

@@ -432,7 +432,7 @@ def test_bad_hyperparameters(options, message):
 
 
 @pytest.mark.parametrize("group, message", [
-    (dict(lr=-1), "lr"), (dict(scope="tensor"), "scope must be the same"),
+    (dict(lr=-1), "lr"), (dict(scope="tensor"), "scope must be one for all"),
     (dict(max_angle=0.1), r'max_angle must be one for all if scope="global", got 0\.1$')])
 def test_a_refused_group_leaves_the_optimizer_as_it_was(group, message):
     optimizer = MoClip([torch.nn.Parameter(torch.ones(1))])
