@@ -403,9 +403,9 @@ def _linear_logits(input: Tensor, linear_weight: Tensor, linear_bias, record: Re
     h = _flat(input, len(linear_weight), "input @ linear_weight.T", target, record)
     _require(linear_bias is None or linear_bias.shape == (record.vocab_size,), "linear_bias must have shape (V,)")
     dtype = torch.promote_types(torch.promote_types(input.dtype, linear_weight.dtype), torch.float32)
-    W, R = linear_weight.to(dtype), record.token_ids[:0] if tail is None else tail.token_ids
-    # an empty row may hold anything, even nan: the tail's product of all rows must not spread it
-    h = h.to(dtype).masked_fill((record.subset_sizes == 0)[:, None], 0)
+    h, W, R = h.to(dtype), linear_weight.to(dtype), record.token_ids[:0] if tail is None else tail.token_ids
+    if len(R):  # an empty row may hold anything, even nan: the product of all rows must not spread it
+        h = h.masked_fill((record.subset_sizes == 0)[:, None], 0)
     z, z_tail = _SampledLogits.apply(h, W, record.offsets.int(), record.token_ids, R)
     if linear_bias is not None:
         z, z_tail = z + linear_bias[record.token_ids], z_tail + linear_bias[R]

@@ -606,8 +606,8 @@ def load_base(data, settings, out, device):
     key = hashlib.sha256(shaped_by.encode()).hexdigest()[:16]
     path = out / f"base-{key}.pt"
     if not path.exists():
-        steps = settings["steps"]
-        say(f"pretraining the base: {steps} steps, to be kept as {path}", steps * settings["batch"] * 15e-3)
+        seconds = settings["steps"] * settings["batch"] * 15e-3
+        say(f"pretraining the base: {settings['steps']} steps, to be kept as {path}", seconds)
         state = pretrain(data.streams, settings, device, data.size)
         write_atomically(path, lambda file: torch.save(state, file))
     return torch.load(path, weights_only=True), key
@@ -665,11 +665,10 @@ def arguments():
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the cached base and of results.json")
     parser.add_argument("--quick", action="store_true", help="a smoke run: tiny base, few steps, one seed")
     args = parser.parse_args()
-    for name, (_, least, most, _) in OPTIONS.items():
-        if not least <= getattr(args, name.replace("-", "_")) <= most:
+    given = [(name, getattr(args, name.replace("-", "_")), *row[1:3]) for name, row in OPTIONS.items()]
+    for name, value, least, most in given + [("seeds", seed, 0, 2**31 - 1) for seed in args.seeds]:
+        if not least <= value <= most:
             parser.error(f"--{name} must lie in [{least}, {most}]")
-    if not all(0 <= seed < 2**31 for seed in args.seeds):
-        parser.error("--seeds must lie in [0, 2**31)")
     args.per_form, args.windows, args.anchor_step, base = 120, 200, 2, BASE
     if args.quick:
         args.steps, args.seeds, args.per_form, args.windows, base = 5, [0], 12, 20, QUICK_BASE
