@@ -37,8 +37,6 @@ The definition in four lines, and what `record_topk` and `replay_cross_entropy` 
 >>> record = record_topk(z, torch.tensor(y), tau)                        # Stage 0
 >>> S, record.token_ids.tolist(), torch.allclose(loss, replay_cross_entropy(z, torch.tensor(y), record))     # Stage 1
 ([0, 2, 9], [0, 2, 9], True)
-
-Losses are in nats, in float32 at least, on CPU or CUDA. Bad input is a ValueError that names argument, row and rule.
 """
 
 from __future__ import annotations
@@ -67,12 +65,10 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
 
     p_(k) is the k-th in rank: by probability, descending, equal ones by id, ascending, so S_t is unique. p is the
     float32 softmax (float64 for float64 logits), the running sum float64; all V tokens if it never reaches tau.
-
     logits: (..., V), finite, of any float dtype.   target: (...), integers in [0, V) or ignore_index (an empty row).
     max_size: an explicit cap on |S_t|, gold included.   keep_log_probs: keep log p of S_t, too; the anchor needs it.
     Source: arXiv:2510.09152, abstract (Stage 0). Ties, arithmetic and max_size are this project's decisions.
     """
-    _require(0 < tau <= 1, f"tau must lie in (0, 1], got {tau}")
     _require(max_size is None or max_size >= 1, f"max_size must be at least 1, got {max_size}")
     flat = _flat_logits(logits, target)
     (N, V), device, gold = flat.shape, flat.device, _flat_target(target, flat.shape[1], ignore_index)
@@ -214,7 +210,6 @@ def sample_tail(target: Tensor, vocab_size: int, size: int, *, ignore_index=-100
     P(j in R) w_j = 1: the sum of w_j exp z_j over R without S_t is an unbiased estimate of the sum of exp z_j over all
     that S_t leaves out (Horvitz and Thompson 1952; THEORY.md R9). The golds are always in R: training raises them at
     every position (shared parameters), and no heavy token may be left to chance. Draw a new one every step.
-
     size: >= 0; M0 or more takes all, with weight 1: the loss is `F.cross_entropy`.   generator: on any device.
     Source: this project, in the spirit of sampled softmax (Bengio and Senecal 2003) and of arXiv:2503.16870.
 
@@ -243,7 +238,6 @@ def replay_kl_div(logits: Tensor, record: ReplayRecord, *, reduction="mean") -> 
     (THEORY.md R13), on the base's own text that of whole sequences (R14). It is blind to what moves in or out of S_t as
     a whole, so in a row of one token to all: take a large tau under a cap (.98, max_size=32), not a small tau.
     logits: (..., V), of the N positions of `record`; "mean" is over those whose row is not empty.
-
     Source: this project; the paper's summary mentions a "domain self-constraint" and does not say what it is. KL to the
     live base: arXiv:2412.15270; self-generated text: arXiv:2605.26097.
 
@@ -289,7 +283,6 @@ def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:
 
 
 # ---------------------------------------------- a learner may stop here: below are the record, a fast path and checks
-
 INTEGERS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 DTYPES = {"token_ids": torch.int32, "offsets": torch.int64, "outside_mass": torch.float32, "log_probs": torch.float32}
 with warnings.catch_warnings():  # torch warns once that CSR tensors are in beta: here that is known
@@ -482,8 +475,7 @@ def _flat_target(target: Tensor, vocab_size: int, ignore_index: int, tail=None) 
 
 def _flat_logits(logits: Tensor, target=None, record=None) -> Tensor:
     """(N, V); ValueError for a row that is not finite, and for a target or a record that does not fit."""
-    real = logits.is_floating_point() and logits.dim() and logits.shape[-1]
-    _require(real, f"logits must be floating point of shape (..., V), got {logits.dtype} {tuple(logits.shape)}")
+    _require(logits.is_floating_point() and logits.dim(), "logits must be floating point of shape (..., V)")
     flat = _flat(logits, logits.shape[-1], "logits", target, record)
     ok = flat.detach().sum(1).isfinite()  # fast; but finite terms can have an infinite sum, so look closer there
     _require(ok.index_put((~ok,), flat[~ok].isfinite().all(1)), "logits must be finite")
@@ -494,7 +486,6 @@ def _flat(x: Tensor, V: int, name: str, target, record) -> Tensor:
     """x as (N, width); ValueError if `name`, (..., V) of the leading shape of x, does not fit target or record."""
     flat, lead = x.reshape(-1, x.shape[-1]), tuple(x.shape[:-1])
     _require(target is None or lead == target.shape, f"{name} of leading shape {lead} does not fit the target's")
-    if record is not None and (len(flat), V) != (len(record), record.vocab_size):
-        raise ValueError(f"{name} of N = {len(flat)} positions and V = {V} tokens does not fit the record of "
-                         f"N = {len(record)} and V = {record.vocab_size}")
+    _require(record is None or (len(flat), V) == (len(record), record.vocab_size),
+             f"{name} of N = {len(flat)} positions and V = {V} tokens does not fit the record's N and vocab_size")
     return flat
