@@ -38,8 +38,7 @@ The definition in four lines, and what `record_topk` and `replay_cross_entropy` 
 >>> S, record.token_ids.tolist(), torch.allclose(loss, replay_cross_entropy(z, torch.tensor(y), record))     # Stage 1
 ([0, 2, 9], [0, 2, 9], True)
 
-Bad input is a ValueError that names the argument, the row and the rule. Losses are in nats, in float32 at least. All
-runs on CPU and CUDA. Several processes record a shard each, and `ReplayRecord.concat` joins them.
+Losses are in nats, in float32 at least, on CPU or CUDA. Bad input is a ValueError that names argument, row and rule.
 """
 
 from __future__ import annotations
@@ -48,7 +47,8 @@ import math
 import os
 import secrets
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -91,8 +91,7 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
         p = z.softmax(1, dtype=torch.promote_types(z.dtype, torch.float32))
         # K_t and the edge p_(K_t), from the 64 most probable, which is fast, or from all where those do not decide
         K, edge = rank(p.topk(min(64, V)).values)
-        wide = K > 64
-        if wide.any():
+        if (wide := K > 64).any():
             # on a CPU numpy sorts in a tenth of torch's time, which carries the indices along
             top = torch.from_numpy(np.sort(p[wide].numpy(), 1)).flip(1) if device.type == "cpu" else \
                 p[wide].sort(1, descending=True).values
@@ -129,8 +128,13 @@ def _log_softmax(z: Tensor, record: ReplayRecord, tail=None, z_tail=None) -> Ten
     rows, zeros = record.rows, z.new_zeros(len(record))
     largest = zeros.scatter_reduce(0, rows, z.detach(), "amax", include_self=False)
     if with_tail := z_tail is not None and z_tail.numel():
-        # w_i exp z_i = exp(z_i + log w_i); a token of both R and S_t counts once, in S_t
-        z_tail = z_tail.add_(tail.log_weight).masked_fill_(_in_subset(tail.token_ids, record, rows), -math.inf)
+        # a token of both R and S_t counts once, in S_t; a recorded token that is not in R has the last column
+        R = tail.token_ids
+        column = R.new_full((record.vocab_size,), len(R)).scatter(0, R, torch.arange(len(R), device=R.device))
+        in_subset = torch.zeros(len(record), len(R) + 1, dtype=torch.bool, device=R.device)
+        in_subset[rows, column[record.token_ids]] = True
+        # w_i exp z_i = exp(z_i + log w_i)
+        z_tail = z_tail.add_(tail.log_weight).masked_fill_(in_subset[:, :-1], -math.inf)
         largest = largest.maximum(z_tail.detach().amax(1))
     # the largest is subtracted first, which changes nothing but keeps exp from overflowing
     z = z - largest[rows]
@@ -148,10 +152,9 @@ def replay_cross_entropy(logits: Tensor, target: Tensor, record: ReplayRecord, *
         L_t = log( sum over j in S_t of exp z_j ) - z_y                                      the paper's: tail=None
         L_t = log( sum over j in S_t of exp z_j + sum over j in R, not in S_t, of w_j exp z_j ) - z_y
 
-    Mirrors `F.cross_entropy`: logits (..., V), target (...), "mean" divides by the number of targets that are not
-    ignored. Without tail it never exceeds `F.cross_entropy` (THEORY.md R2), and its gradient is exactly zero outside
-    S_t (R3): nothing holds the outside mass down (R7). With a `Tail` something does (R9).
-    Source: arXiv:2510.09152, abstract (Stage 1, "exact renormalized losses").
+    Mirrors `F.cross_entropy`: logits (..., V), target (...), "mean" is over the targets that are not ignored. Without
+    tail it never exceeds that (THEORY.md R2), and its gradient is exactly zero outside S_t (R3): nothing holds the
+    outside mass down (R7). A `Tail` does (R9). Source: arXiv:2510.09152, abstract ("exact renormalized losses").
 
     >>> logits, target = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
     >>> record = record_topk(logits, target, tau=0.9)                    # keeps tokens 0 and 1
@@ -174,9 +177,8 @@ def linear_replay_cross_entropy(input: Tensor, linear_weight: Tensor, target: Te
         z_tj = <input_t, weight_j> + bias_j,   for j in S_t, and for j in R where there is a tail
 
     Mirrors `F.linear_cross_entropy`: input (..., d), linear_weight (V, d), target (...), linear_bias (V,) or None.
-    O(nnz d) operations instead of O(N V d) (THEORY.md R8), and O(N |R| d) for a tail: one dense product for all rows.
-    float16 and bfloat16 are accumulated, and their loss returned, in float32, under autocast too.
-    Source: arXiv:2510.09152, abstract ("avoiding full softmax computation").
+    O(nnz d) operations, not O(N V d) (THEORY.md R8), and O(N |R| d) for a tail: one dense product for all rows. Half
+    precision is accumulated in float32, under autocast too. Source: as above ("avoiding full softmax computation").
 
     >>> h, W, y = torch.randn(5, 8), torch.randn(100, 8), torch.arange(5)
     >>> record = record_topk(h @ W.T, y, tau=0.9)
@@ -184,7 +186,7 @@ def linear_replay_cross_entropy(input: Tensor, linear_weight: Tensor, target: Te
     True
     """
     y = _flat_target(target, record.vocab_size, ignore_index, tail)
-    z, z_tail = _linear_logits(input, linear_weight, linear_bias, record, target, tail, y == ignore_index)
+    z, z_tail = _linear_logits(input, linear_weight, linear_bias, record, target, tail)
     return _cross_entropy(z, z_tail, y, record, tail, ignore_index, target.shape, reduction)
 
 
@@ -192,7 +194,7 @@ def _cross_entropy(z, z_tail, y: Tensor, record: ReplayRecord, tail, ignore_inde
     rows, counted, zeros = record.rows, y != ignore_index, z.new_zeros(len(record))
     is_gold = (record.token_ids == y[rows]) & counted[rows]
     has_gold = zeros.index_add(0, rows, is_gold.to(z.dtype)) > 0
-    _require_rows((has_gold | ~counted, "target must be in its recorded row: is this the record of this batch?"))
+    _require(has_gold | ~counted, "target must be in its recorded row: is this the record of this batch?")
     # L_t = -log q_y, gold's entry of the log-softmax with a minus sign; 0 for an ignored target
     log_q = _log_softmax(z, record, tail, z_tail)
     return _reduce(zeros.index_add(0, rows, log_q.where(is_gold, 0), alpha=-1), counted, shape, reduction)
@@ -224,7 +226,6 @@ def sample_tail(target: Tensor, vocab_size: int, size: int, *, ignore_index=-100
     (6, tensor(10.))
     """
     _require(size >= 0, f"size must be at least 0, got {size}")
-    _require(0 < vocab_size < 2**31, f"vocab_size must lie in [1, 2**31), got {vocab_size}")
     target = _flat_target(target, vocab_size, ignore_index)
     is_gold = torch.zeros(vocab_size, dtype=torch.bool, device=target.device)
     is_gold[target[target != ignore_index]] = True
@@ -245,8 +246,8 @@ def replay_kl_div(logits: Tensor, record: ReplayRecord, *, reduction="mean") -> 
     Its gradient by the logits is q1 - q0 on S_t, 0 outside. (1 - rho_t) A_t is a part of the full KL, so a lower bound
     (THEORY.md R13), on the base's own text that of whole sequences (R14). It is blind to what moves in or out of S_t as
     a whole, so in a row of one token to all: take a large tau under a cap (.98, max_size=32), not a small tau.
+    logits: (..., V), of the N positions of `record`; "mean" is over those whose row is not empty.
 
-    logits: (..., V), finite, of the N positions of `record`; "mean" is over those whose row is not empty.
     Source: this project; the paper's summary mentions a "domain self-constraint" and does not say what it is. KL to the
     live base: arXiv:2412.15270; self-generated text: arXiv:2605.26097.
 
@@ -298,6 +299,9 @@ def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:
 
 INTEGERS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 DTYPES = {"token_ids": torch.int32, "offsets": torch.int64, "outside_mass": torch.float32, "log_probs": torch.float32}
+with warnings.catch_warnings():  # torch warns once that CSR tensors are in beta: here that is known
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,11 +315,26 @@ class ReplayRecord:
     tau: float                       # the coverage asked for
     log_probs: Tensor | None = None  # (nnz,) float32: log p of each recorded token then, nats; None if not kept
 
+    @torch.inference_mode(False)  # as `sample_tail`
     def __post_init__(self):
-        _check_record(self)
-        with torch.inference_mode(False):  # autograd saves these tensors, and refuses those made under inference mode
-            for name, x in self._tensors().items():
-                object.__setattr__(self, name, x.clone() if x.is_inference() else x)
+        for name, x in self._tensors().items():
+            _require(x.dtype == DTYPES[name] and x.dim() == 1, f"{name} must be one-dimensional {DTYPES[name]}")
+            object.__setattr__(self, name, x.clone() if x.is_inference() else x)
+        ids, offsets, rho, log_p, V = *(getattr(self, name) for name in DTYPES), self.vocab_size
+        _require(0 < self.tau <= 1, f"tau must lie in (0, 1], got {self.tau}")
+        _require(0 < V < 2**31, f"vocab_size must lie in [1, 2**31), got {V}")
+        _require(len(offsets) == len(rho) + 1 and offsets[[0, -1]].tolist() == [0, len(ids)],
+                 f"offsets must hold {len(rho) + 1} entries from 0 to {len(ids)}")
+        _require(offsets.diff() >= 0, "offsets must never decrease")
+        _require((rho >= 0) & (rho <= 1), "outside_mass must lie in [0, 1]")
+        _require(not len(ids) or 0 <= int(ids.amin()) <= int(ids.amax()) < V, f"token_ids must lie in [0, {V})")
+        ascending = pad(ids.diff() > 0, (1, 1), value=True)
+        ascending[offsets] = True  # the order starts anew where a row does
+        _require(ascending, "token_ids must be ascending without duplicates", offsets)
+        if log_p is not None:
+            _require(len(log_p) == len(ids), f"log_probs must have the {len(ids)} entries of token_ids")
+            total = torch.zeros_like(rho).index_add(0, self.rows, log_p.exp() + 0 * log_p)  # nan where one is infinite
+            _require(total <= 1.01, "log_probs must be finite, with probabilities that add up to 1 at most")
 
     def __len__(self) -> int:
         return len(self.outside_mass)
@@ -337,7 +356,7 @@ class ReplayRecord:
         t = torch.as_tensor(positions, device=self.offsets.device).flatten()
         _require(not len(t) or t.dtype in INTEGERS, f"positions must be integers, got {t.dtype}")
         t = t.long()
-        _require_rows(((t >= 0) & (t < len(self)), f"positions must lie in [0, {len(self)})"))
+        _require((t >= 0) & (t < len(self)), f"positions must lie in [0, {len(self)})")
         sizes = self.subset_sizes[t]
         offsets = pad(sizes.cumsum(0), (1, 0))
         moved = (self.offsets[t] - offsets[:-1]).repeat_interleave(sizes)  # from a token's new place to its old
@@ -350,7 +369,7 @@ class ReplayRecord:
 
     @staticmethod
     def concat(records) -> ReplayRecord:
-        """The rows of all records, in order; vocab_size, tau and whether there are log_probs must be the same."""
+        """The rows of all records, in order, such as a shard from each of several processes, recorded in one way."""
         records = list(records)
         _require(records, "records must hold at least one record")
         kinds = [f"vocab_size {r.vocab_size}, tau {r.tau}, log_probs {r.log_probs is not None}" for r in records]
@@ -370,57 +389,45 @@ class ReplayRecord:
         """Read what `save` wrote, on the CPU, executing nothing from it; ValueError if its CRCs or invariants fail."""
         with open(path, "rb") as file:
             try:
-                arrays = np.load(file, allow_pickle=False)
-                arrays = {field.name: arrays[field.name] for field in fields(ReplayRecord) if field.name in arrays}
-                return ReplayRecord(**{name: torch.from_numpy(x) if name in DTYPES else x.item()
-                                       for name, x in arrays.items()})
+                return ReplayRecord(**{name: torch.from_numpy(x) if x.ndim else x.item()
+                                       for name, x in np.load(file, allow_pickle=False).items()})
             except Exception as error:  # zipfile and numpy raise a dozen types on damaged input
                 raise ValueError(f"{path} is not a complete, undamaged record: {error}") from error
 
 
 def write_atomically(path, write) -> None:
     """`write(file)` beside `path`, then rename: a crash leaves the old file or the new, two writers one of theirs."""
-    temporary = f"{os.fsdecode(path)}.{secrets.token_hex(8)}"  # which no thread, process or container shares
+    temporary = Path(f"{os.fsdecode(path)}.{secrets.token_hex(8)}")  # which no thread, process or container shares
     try:
-        with open(temporary, "xb") as file:
+        with temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 
-with warnings.catch_warnings():  # torch warns once that CSR tensors are in beta: here that is known
-    warnings.simplefilter("ignore")
-    torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
-
-
-def _linear_logits(input: Tensor, linear_weight: Tensor, linear_bias, record, target=None, tail=None, ignored=None):
+def _linear_logits(input: Tensor, linear_weight: Tensor, linear_bias, record: ReplayRecord, target=None, tail=None):
     """The logits input @ linear_weight.T + linear_bias of the recorded tokens, (nnz,), and of the tail, (N, |R|)."""
-    _check_fit("input", "input @ linear_weight.T", input, len(linear_weight), target, record)
+    h = _flat(input, len(linear_weight), "input @ linear_weight.T", target, record)
     _require(linear_bias is None or linear_bias.shape == (record.vocab_size,), "linear_bias must have shape (V,)")
     dtype = torch.promote_types(torch.promote_types(input.dtype, linear_weight.dtype), torch.float32)
-    h, W, R = input.reshape(-1, input.shape[-1]).to(dtype), linear_weight.to(dtype), None if tail is None else tail[0]
-    if tail is not None:  # an ignored row may hold anything, even nan: the product of all rows must not spread it
-        h = h.masked_fill(ignored[:, None], 0)
+    h, W, R = h.to(dtype), linear_weight.to(dtype), record.token_ids[:0] if tail is None else tail.token_ids
+    if len(R):  # an empty row may hold anything, even nan: the product of all rows must not spread it
+        h = h.masked_fill((record.subset_sizes == 0)[:, None], 0)
     z, z_tail = _SampledLogits.apply(h, W, record.offsets.int(), record.token_ids, R)
     if linear_bias is not None:
-        z, z_tail = z + linear_bias[record.token_ids], None if tail is None else z_tail + linear_bias[R]
+        z, z_tail = z + linear_bias[record.token_ids], z_tail + linear_bias[R]
     # 0 times what is not finite is nan; one wait for both kinds of logits
-    spread = z.new_zeros(len(h)).index_add(0, record.rows, z.detach() * 0)
-    if tail is not None and len(R):
-        spread = spread + sum(x * 0 for x in z_tail.detach().aminmax(dim=1))
-    _require_rows((spread == 0, "input @ linear_weight.T + linear_bias must be finite"))
+    spread = z.new_zeros(len(h)).index_add(0, record.rows, z.detach() * 0) + (z_tail.detach() * 0).sum(1)
+    _require(spread == 0, "input @ linear_weight.T + linear_bias must be finite")
     return z, z_tail
 
 
 class _SampledLogits(torch.autograd.Function):
-    """(h[rows] * W[ids]).sum(1) and h @ W[R].T, forward and backward, without (nnz, d) memory.
-
-    The copies of `sampled_addmm`'s own backward double the time, and autograd would make two dense (V, d) gradients.
-    """
+    """(h[rows] * W[ids]).sum(1) and h @ W[R].T, forward and backward, without (nnz, d) memory."""
+    # the copies of `sampled_addmm`'s own backward double the time, and autograd would make two dense (V, d) gradients
 
     @staticmethod
     def forward(ctx, h, W, offsets, ids, R):
@@ -428,7 +435,7 @@ class _SampledLogits(torch.autograd.Function):
         with torch.autocast(h.device.type, enabled=False):  # the sparse products lack bfloat16
             z = torch.sparse.sampled_addmm(_csr(offsets, ids, h.new_zeros(len(ids)), h, W), h, W.t(), beta=0).values()
             # detached from the sparse tensor that it is a view of: torch.compile looks for strides there
-            return z.detach(), None if R is None else h @ W[R].t()
+            return z.detach(), h @ W[R].t()
 
     @staticmethod
     def backward(ctx, dz, dz_tail):
@@ -438,26 +445,14 @@ class _SampledLogits(torch.autograd.Function):
         with torch.autocast(h.device.type, enabled=False):
             # dL/dh = G W,   dL/dW = G' h,   with G the (N, V) sparse matrix of dL/dz; and the same with dL/dz_tail
             G = _csr(offsets, ids, dz.contiguous(), h, W)
-            grad_h = G @ W if ctx.needs_input_grad[0] else None
-            grad_W = G.t() @ h if ctx.needs_input_grad[1] else None
-            if R is not None and grad_h is not None:
-                grad_h.addmm_(dz_tail, W[R])
-            if R is not None and grad_W is not None:
-                grad_W.index_add_(0, R, dz_tail.t() @ h)
+            grad_h = (G @ W).addmm_(dz_tail, W[R]) if ctx.needs_input_grad[0] else None
+            grad_W = (G.t() @ h).index_add_(0, R, dz_tail.t() @ h) if ctx.needs_input_grad[1] else None
             return grad_h, grad_W, None, None, None
 
 
 def _csr(offsets: Tensor, ids: Tensor, values: Tensor, h: Tensor, W: Tensor) -> Tensor:  # (N, V)
     # the device is named because a default device would override the values'
     return torch.sparse_csr_tensor(offsets, ids, values, (len(h), len(W)), device=h.device, check_invariants=False)
-
-
-def _in_subset(R: Tensor, record: ReplayRecord, rows: Tensor) -> Tensor:
-    """(N, |R|) bool: is the token in S_t? It does not wait for the device."""
-    column = R.new_full((record.vocab_size,), len(R)).scatter(0, R, torch.arange(len(R), device=R.device))
-    found = torch.zeros(len(record), len(R) + 1, dtype=torch.bool, device=R.device)
-    found[rows, column[record.token_ids]] = True  # in the last column what is not in R
-    return found[:, :-1]
 
 
 def _reduce(values: Tensor, counted: Tensor, shape, reduction: str) -> Tensor:
@@ -468,37 +463,13 @@ def _reduce(values: Tensor, counted: Tensor, shape, reduction: str) -> Tensor:
     return values.sum() / counted.sum() if reduction == "mean" else values.sum()
 
 
-def _require(ok, message: str) -> None:
-    if not ok:
+def _require(ok, message: str, offsets=None) -> None:
+    """ValueError unless ok: a bool, or one a row (with offsets: one a token), whose first broken row is named."""
+    if not (ok.all() if isinstance(ok, Tensor) else ok):
+        if isinstance(ok, Tensor):
+            first = (~ok).nonzero()[0]
+            message += f" (row {int(first if offsets is None else torch.searchsorted(offsets, first, right=True) - 1)})"
         raise ValueError(message)
-
-
-def _require_rows(*rules, offsets=None) -> None:
-    """ValueError for the first broken rule (ok, message), ok a bool a row or, given offsets, a token; one wait."""
-    if not torch.stack([ok.all() for ok, _ in rules]).all():
-        ok, message = next((ok, message) for ok, message in rules if not ok.all())
-        row = (~ok).nonzero()[0] if offsets is None else torch.searchsorted(offsets, (~ok).nonzero()[0], right=True) - 1
-        raise ValueError(f"{message} (row {int(row)})")
-
-
-def _check_record(record: ReplayRecord) -> None:
-    for name, x in record._tensors().items():
-        _require(x.dtype == DTYPES[name] and x.dim() == 1, f"{name} must be one-dimensional {DTYPES[name]}")
-    ids, offsets, rho, log_p, V = *(getattr(record, name) for name in DTYPES), record.vocab_size
-    _require(0 < record.tau <= 1, f"tau must lie in (0, 1], got {record.tau}")
-    _require(0 < V < 2**31, f"vocab_size must lie in [1, 2**31), got {V}")
-    _require(len(offsets) == len(rho) + 1 and offsets[0] == 0 and offsets[-1] == len(ids),
-             f"offsets must hold {len(rho) + 1} entries from 0 to {len(ids)}")
-    _require_rows((offsets.diff() >= 0, "offsets must never decrease"),
-                  ((rho >= 0) & (rho <= 1), "outside_mass must lie in [0, 1]"))
-    _require(not len(ids) or 0 <= int(ids.amin()) <= int(ids.amax()) < V, f"token_ids must lie in [0, {V})")
-    ascending = pad(ids.diff() > 0, (1, 1), value=True)
-    ascending[offsets] = True  # the order starts anew where a row does
-    _require_rows((ascending, "token_ids must be ascending without duplicates"), offsets=offsets)
-    if log_p is not None:
-        _require(len(log_p) == len(ids), f"log_probs must have the {len(ids)} entries of token_ids, got {len(log_p)}")
-        total = torch.zeros_like(rho).index_add(0, record.rows, log_p.exp() + 0 * log_p)  # nan where one is not finite
-        _require_rows((total <= 1.01, "log_probs must be finite, with probabilities that add up to 1 at most in a row"))
 
 
 def _flat_target(target: Tensor, vocab_size: int, ignore_index: int, tail=None) -> Tensor:
@@ -509,13 +480,15 @@ def _flat_target(target: Tensor, vocab_size: int, ignore_index: int, tail=None) 
               f"target must lie in [0, {vocab_size}) or be ignore_index={ignore_index}")]
     if tail is not None:
         ids, w = tail
-        fits = ids.dtype == torch.int64 and ids.dim() == 1 and w.shape == ids.shape and w.is_floating_point()
-        fits = fits and ids.device == w.device == target.device
-        _require(fits, f"tail must hold int64 token_ids (|R|,) and float log_weight (|R|,), both on {target.device}")
+        fits = ids.dtype == torch.int64 and ids.dim() == 1 and w.shape == ids.shape
+        _require(fits and ids.device == w.device == target.device,
+                 f"tail must hold int64 token_ids (|R|,) and log_weight (|R|,), both on {target.device}")
         rules += [((ids >= 0) & (ids < vocab_size), f"tail.token_ids must lie in [0, {vocab_size})"),
                   (pad(ids.diff() > 0, (1, 0), value=True), "tail.token_ids must be ascending without duplicates"),
                   (w.isfinite(), "tail.log_weight must be finite")]
-    _require_rows(*rules)
+    if not torch.stack([ok.all() for ok, _ in rules]).all():  # one wait for all rules, target's and tail's
+        for rule in rules:
+            _require(*rule)
     return target
 
 
@@ -523,16 +496,17 @@ def _flat_logits(logits: Tensor, target=None, record=None) -> Tensor:
     """(N, V); ValueError for a row that is not finite, and for a target or a record that does not fit."""
     real = logits.is_floating_point() and logits.dim() and logits.shape[-1]
     _require(real, f"logits must be floating point of shape (..., V), got {logits.dtype} {tuple(logits.shape)}")
-    _check_fit("logits", "logits", logits, logits.shape[-1], target, record)
-    flat = logits.reshape(-1, logits.shape[-1])
+    flat = _flat(logits, logits.shape[-1], "logits", target, record)
     ok = flat.detach().sum(1).isfinite()  # fast; but finite terms can have an infinite sum, so look closer there
-    _require_rows((ok.index_put((~ok,), flat[~ok].isfinite().all(1)), "logits must be finite"))
+    _require(ok.index_put((~ok,), flat[~ok].isfinite().all(1)), "logits must be finite")
     return flat
 
 
-def _check_fit(name: str, product: str, x: Tensor, V: int, target, record) -> None:
-    lead, N = tuple(x.shape[:-1]), x.shape[:-1].numel()
+def _flat(x: Tensor, V: int, name: str, target, record) -> Tensor:
+    """x as (N, width); ValueError if `name`, (..., V) of the leading shape of x, does not fit target or record."""
+    flat, lead = x.reshape(-1, x.shape[-1]), tuple(x.shape[:-1])
     _require(target is None or lead == target.shape, f"{name} of leading shape {lead} does not fit the target's")
-    if record is not None and (N, V) != (len(record), record.vocab_size):
-        raise ValueError(f"{product} of N = {N} positions and V = {V} tokens does not fit the record of "
+    if record is not None and (len(flat), V) != (len(record), record.vocab_size):
+        raise ValueError(f"{name} of N = {len(flat)} positions and V = {V} tokens does not fit the record of "
                          f"N = {len(record)} and V = {record.vocab_size}")
+    return flat

@@ -2,6 +2,7 @@ r"""MoClip: Adam-atan2 whose gradient may not turn further than max_angle away f
 
 The optimizer of *Logits Replay + MoClip* (Qiu, Li, Zhou, Huang, Qiu, Sun; arXiv:2510.09152), in three pieces:
 `angle_between` (how far), `clip_angle` (the cap, a rotation), `MoClip` (the cap inside Adam-atan2). Angles are radians.
+README.md lists what is chosen where the paper's summary is silent, THEORY.md (M1 to M11) what that guarantees.
 
     symbol   code                  meaning
     g        grad                  gradient of this step
@@ -16,8 +17,6 @@ The optimizer of *Logits Replay + MoClip* (Qiu, Li, Zhou, Huang, Qiu, Sun; arXiv
        \         /           theta <= Delta or m = 0: g~ = g.
         \       / Delta      theta > Delta and g opposite to m: they span no plane;
          +-----------> m     g~ = g, and m restarts at zero.
-
-README.md lists what is chosen where the paper's summary is silent, THEORY.md (M1 to M11) what that guarantees.
 """
 
 import math
@@ -33,13 +32,9 @@ def angle_between(u: Tensor, v: Tensor) -> Tensor:
 
     Accurate also near 0 and pi, where arccos loses half of the digits; 0 if a vector is zero, as nothing is there to
     turn away from. Raises ValueError for unequal shapes and for tensors that are not real floating point.
-
-    >>> round(math.degrees(angle_between(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]))), 4)
-    45.0
     """
-    _check_pair(u=u, v=v)
-    u, v = _wide(u), _wide(v)
-    theta, *_ = _rotation([u / _largest(u)], [v / _largest(v)])
+    (u, v), _ = _scaled(u=u, v=v)
+    theta, *_ = _rotation([u], [v])
     return theta.to(torch.promote_types(u.dtype, v.dtype))
 
 
@@ -51,23 +46,20 @@ def clip_angle(grad: Tensor, momentum: Tensor, max_angle: float) -> Tensor:
 
     Keeps the shape, norm and dtype of `grad` and stays in the plane of both (THEORY.md M1, M2). Antiparallel vectors
     span no plane: `grad` is returned as it is, and `MoClip` restarts the momentum at zero. The formula is this
-    project's reading of "caps gradient-momentum rotation" (arXiv:2510.09152, abstract). Raises ValueError for unequal
-    shapes, non-real dtypes and max_angle outside [0, pi].
+    project's reading of "caps gradient-momentum rotation" in the paper's abstract. Bad input is a ValueError.
 
-    >>> clip_angle(torch.tensor([0.0, 2.0]), torch.tensor([3.0, 0.0]), math.pi / 6)      # 2 (cos 30, sin 30 degrees)
-    tensor([1.7321, 1.0000])
+    >>> g, m = torch.tensor([0.0, 2.0]), torch.tensor([3.0, 0.0])
+    >>> angle_between(g, m), clip_angle(g, m, math.pi / 6)       # pi/2; then 2 (cos 30 degrees, sin 30 degrees)
+    (tensor(1.5708), tensor([1.7321, 1.0000]))
     """
-    _check_pair(grad=grad, momentum=momentum)
+    (g, m), (scale, _) = _scaled(grad=grad, momentum=momentum)
     _require(0 <= max_angle <= math.pi, "max_angle must lie in [0, pi] radians", max_angle)
-    g, m = _wide(grad), _wide(momentum)
-    m = m / _largest(m)
-    _, A, B, _ = _rotation([g / _largest(g)], [m], max_angle)
-    return (A * g + B * _largest(g) * m).to(grad.dtype)
+    _, A, B, _ = _rotation([g], [m], max_angle)
+    return (A * _wide(grad) + B * scale * m).to(grad.dtype)
 
 
 def _rotation(grads, momenta, max_angle=math.pi, group=None):
     """(theta, A, B, keep), 0-dim, of g and m in pieces: lists of tensors, grads[k] shaped as momenta[k].
-
     `angle_between` is theta, but 0 where the square of g or m is not a normal number of the dtype (1e-38 to 1e38 for
     float32): there v = g^2 is lost, too. `clip_angle` is A g + B m; keep is 0 where the momentum restarts, else 1.
     """
@@ -78,8 +70,8 @@ def _rotation(grads, momenta, max_angle=math.pi, group=None):
     rest_squared = _total((g.addcmul(m, along, value=-1).square_().sum() for g, m in zip(grads, momenta)), group)
     across = rest_squared / mm  # |rest|^2 in units of |m|^2, as along is <g, m> in the same units
     ratio = (across + along * along).sqrt()  # |g|/|m|
-    # m = 0 gives 0/0; the squares of a tiny vector lose their digits, and then its part across m, or all of it
-    single = any(x.dtype == torch.float32 for x in (*grads, *momenta))  # the coarsest dtype of the arithmetic decides
+    # m = 0 gives 0/0; a tiny vector's squares lose their digits, and then its part across m; the coarsest dtype decides
+    single = any(x.dtype == torch.float32 for x in (*grads, *momenta))  # of the arithmetic, not p.grad's bfloat16
     finfo = torch.finfo(torch.float32 if single else torch.float64)
     ratio = torch.where(ratio.isfinite() & (mm >= finfo.tiny) & (ratio * ratio * mm >= finfo.tiny), ratio, 0)
     # gm - gm is 0, or NaN if g or m is not finite: a bad gradient stays visible
@@ -107,8 +99,7 @@ def _total(terms, group) -> Tensor:
     return total
 
 
-def _wide(x: Tensor) -> Tensor:
-    """In float32 at least: the arithmetic of float16 and bfloat16 is too coarse for moments and angles."""
+def _wide(x: Tensor) -> Tensor:  # float16 and bfloat16 are too coarse for moments and angles
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -121,29 +112,24 @@ class MoClip(torch.optim.Optimizer):
         v     = beta2 v + (1 - beta2) g~^2
         w     = (1 - lr weight_decay) w - lr a atan2(m / (1 - beta1^t), b sqrt(v / (1 - beta2^t)))
 
-    All but the first two lines is Adam-atan2 (Everett et al., arXiv:2407.05872, section 4.3). With a = 4/pi, b = 1 a
+    All but the first two lines is Adam-atan2 (Everett et al., arXiv:2407.05872, section 4.3). With a = 4/pi and b = 1 a
     step with m = sqrt(v) is exactly lr, as in Adam, and no coordinate moves by more than lr a pi/2 = 2 lr, decay apart
-    (M4). atan2(0, 0) = 0, so no epsilon is needed, and without it scaling the loss by a constant changes nothing (M5);
-    what a large epsilon does and this cannot do: R10(e).
+    (M4). No epsilon is needed, as atan2(0, 0) = 0, so scaling the loss changes nothing (M5); what goes with it: R10(e).
 
-    lr: step size, >= 0, a number or a 0-dim tensor.   betas: (beta1, beta2), decay of m and v, each in [0, 1).
-    max_angle: the cap in radians, in [0, pi]; pi turns it off (Adam-atan2). Below pi/2 a step along -g~ can go uphill
-        and momentum feeds on noise (M7, M8): hence the default.
-    a, b: > 0, output and input scale of atan2.   weight_decay: decoupled, >= 0.
+    lr: >= 0, a number or 0-dim tensor.   betas: (beta1, beta2), each in [0, 1).   a, b: > 0.   weight_decay: >= 0.
+    max_angle: radians in [0, pi]; pi is no cap. Below pi/2, -g~ can point uphill and noise adds up in m (M7, M8).
     scope: "global" takes one angle over all parameters that have a gradient, the literal reading of the paper's vector
-        notation; "tensor" takes one per parameter. A cap kept in one need not be in the other (M10).
-    Parameter groups may differ in all of these but scope, and where that is "global" max_angle.
-    shard_group: the torch.distributed process group over which "global" takes its angle, if its processes step
-        different parameters (of one dtype): FSDP1, pipelines, or ZeroRedundancyOptimizer with
-        optimizer_class=functools.partial(MoClip, shard_group=group). Without it each silently takes an angle of its
-        own, as "tensor" does for a shard of a tensor under FSDP1. DDP and DTensors (FSDP2, tensor parallel) need none.
+        notation, "tensor" one per parameter (M10). Groups may differ in all but scope, and in "global" max_angle.
+    shard_group: process group of torch.distributed over which "global" takes its angle, if processes step different
+        parameters (of one dtype): FSDP1, or functools.partial(MoClip, shard_group=group) in ZeroRedundancyOptimizer.
+        Without it each silently takes its own, as "tensor" does per shard under FSDP1. DDP and DTensors need none.
 
-    State of a parameter: `step`, `exp_avg`, `exp_avg_sq`, float32 at least, with AdamW's meaning: AdamW's state dict can
-    be loaded (options that it lacks stay); for the way back, put AdamW's own "param_groups" into MoClip's. `step()`
-    never waits for the device; then `last_angle` and `last_clipped` are theta and theta > Delta: 0-dim for "global", an
-    entry per parameter with a gradient for "tensor". A NaN or infinite gradient stays in m and v, as in Adam, and from
-    then on `last_angle` is NaN and nothing of its scope is capped: skip such a step, as torch's GradScaler does.
-    Raises ValueError for bad options and state and for complex parameters, RuntimeError for sparse gradients.
+    State: `step`, `exp_avg`, `exp_avg_sq`, float32 at least, with AdamW's meaning, whose state dict can be loaded
+    (options that it lacks stay); for the way back, put AdamW's own "param_groups" into MoClip's. `step()` never waits
+    for the device; then `last_angle` and `last_clipped` are theta and theta > Delta: 0-dim for "global", an entry per
+    parameter with a gradient for "tensor". A NaN or infinite gradient stays in m and v, as in Adam, and from then on
+    `last_angle` is NaN and nothing of its scope is capped: skip such a step, as torch's GradScaler does.
+    Raises ValueError for bad options and state, complex parameters and sparse gradients.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), *, max_angle=math.pi / 2,
@@ -155,13 +141,11 @@ class MoClip(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Take one step; `closure`, if given, recomputes and returns the loss, as for every torch optimizer."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         entries = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for _, p in entries:
-            if p.grad.is_sparse:
-                raise RuntimeError("MoClip does not support sparse gradients")
+            _require(not p.grad.is_sparse, "gradients must be dense", "a sparse one")
             if not self.state[p]:
                 self.state[p] = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu"),
                                  "exp_avg": torch.zeros_like(_wide(p)), "exp_avg_sq": torch.zeros_like(_wide(p))}
@@ -190,8 +174,7 @@ class MoClip(torch.optim.Optimizer):
             # v = beta2 v + (1 - beta2) g~^2
             v.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
             # w = (1 - lr weight_decay) w - lr a atan2(m / c1, b sqrt(v / c2)),   c1 = 1 - beta1^t,   c2 = 1 - beta2^t
-            t = step.double()  # in float32, 1 - 0.999^t would lose four digits
-            c1, c2 = 1 - beta1**t, 1 - beta2**t
+            c1, c2 = (1 - beta**step.double() for beta in (beta1, beta2))  # 1 - 0.999^t loses 4 digits in float32
             # atan2(m / c1, y) = atan2(m, c1 y), c1 y = sqrt(v (c1 b)^2 / c2); rotated, denominator, update: one buffer
             denominator = torch.mul(v, (c1 * b)**2 / c2, out=rotated).sqrt_()
             update = torch.atan2(m, denominator, out=denominator).mul_(lr * a)
@@ -213,36 +196,27 @@ class MoClip(torch.optim.Optimizer):
         self.param_groups.append(group)
 
     def load_state_dict(self, state_dict):
-        # torch casts tensors to the parameter's dtype: after all other pre-hooks, hand it functions instead
+        def own(p, name, saved):  # p's copy; torch, which would cast it to p's dtype, is given this function instead
+            for key in "step", "exp_avg", "exp_avg_sq":
+                good = key in saved and (key == "step" or saved[key].shape == p.shape)
+                _require(good, f"state of parameter {name!r} must have {key!r}, of its shape", sorted(saved))
+            move = lambda x: x.to(p.device, torch.promote_types(p.dtype, torch.float32), copy=True)
+            return saved | {"step": torch.tensor(float(saved["step"]), dtype=torch.float32, device="cpu"),
+                            "exp_avg": move(saved["exp_avg"]), "exp_avg_sq": move(saved["exp_avg_sq"])}
         hide = lambda _, saved: saved | {"state": {
-            name: lambda p, x=(name, entry): _own_state(p, *x) for name, entry in saved["state"].items() if entry}}
+            name: lambda p, x=(name, entry): own(p, *x) for name, entry in saved["state"].items() if entry}}
         with self.register_load_state_dict_pre_hook(hide):
             super().load_state_dict(state_dict)
 
     def __setstate__(self, state):  # where torch's load_state_dict ends: if this raises, nothing has changed
-        groups, entries = state["param_groups"], state["state"]
         for i, own in enumerate(getattr(self, "param_groups", [])):
-            groups[i] = own | groups[i]
-            _check_group(groups[i], groups[0], self.shard_group)
-        entries.update({p: entry(p) for p, entry in entries.items() if callable(entry)})
+            state["param_groups"][i] = own | state["param_groups"][i]
+            _check_group(state["param_groups"][i], state["param_groups"][0], self.shard_group)
+        state["state"].update({p: entry(p) for p, entry in state["state"].items() if callable(entry)})
         super().__setstate__(state)
 
     def __getstate__(self):  # for copies and pickles, which a process group refuses
         return super().__getstate__() | {"_last": self._last, "shard_group": self.shard_group}
-
-
-def _own_state(p, name, saved):
-    for key in "step", "exp_avg", "exp_avg_sq":
-        good = key in saved and (key == "step" or saved[key].shape == p.shape)
-        _require(good, f"state of parameter {name!r} must have {key!r}, of its shape", sorted(saved))
-    move = lambda x: x.to(p.device, torch.promote_types(p.dtype, torch.float32), copy=True)
-    return saved | {"step": torch.tensor(float(saved["step"]), dtype=torch.float32, device="cpu"),
-                    "exp_avg": move(saved["exp_avg"]), "exp_avg_sq": move(saved["exp_avg_sq"])}
-
-
-def _largest(x):  # 1 for a zero vector; divided by it, entries of 1e-30 or 1e30 have float32 squares
-    largest = x.abs().amax() if x.numel() else x.new_zeros(())
-    return torch.where((largest > 0) & largest.isfinite(), largest, 1)
 
 
 def _require(holds, rule, value):
@@ -250,27 +224,27 @@ def _require(holds, rule, value):
         raise ValueError(f"{rule}, got {value}")
 
 
-def _check_pair(**pair):
+def _scaled(**pair):  # so that entries of 1e-30 or 1e30 have squares in float32
     shapes = [tuple(x.shape) for x in pair.values()]
     _require(shapes[0] == shapes[1], f"{' and '.join(pair)} must have the same shape", shapes)
     for name, x in pair.items():
         _require(x.is_floating_point(), f"{name} must be a real floating-point tensor", x.dtype)
+    wide = [_wide(x) for x in pair.values()]
+    largest = [x.abs().amax() if x.numel() else x.new_zeros(()) for x in wide]
+    scales = [torch.where((x > 0) & x.isfinite(), x, 1) for x in largest]
+    return [x / scale for x, scale in zip(wide, scales)], scales
 
 
 def _check_group(group, first, shard_group):
-    lr, betas, scope, max_angle = group["lr"], group["betas"], group["scope"], group["max_angle"]
-    for name, holds, rule in (
-            ("lr", getattr(lr, "ndim", 0) == 0 and 0 <= lr < math.inf, "be a number or 0-dim tensor, finite and >= 0"),
-            ("weight_decay", 0 <= group["weight_decay"] < math.inf, "be finite and >= 0"),
-            ("a", 0 < group["a"] < math.inf, "be finite and > 0"),
-            ("b", 0 < group["b"] < math.inf, "be finite and > 0"),
-            ("betas", len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "be two numbers in [0, 1)"),
-            ("scope", scope in ("global", "tensor"), 'be "global" or "tensor"'),
-            ("scope", scope == first["scope"], "be the same for all parameter groups"),
-            ("scope", scope == "global" or shard_group is None, 'be "global" with a shard_group'),
-            ("max_angle", 0 <= max_angle <= math.pi, "lie in [0, pi] radians"),
-            ("max_angle", scope == "tensor" or max_angle == first["max_angle"],
-             'be the same for all parameter groups when scope="global"'),
-            ("maximize", not group.get("maximize"), "be False")):
-        _require(holds, f"{name} must {rule}", group.get(name))
+    betas, scope, cap = group["betas"], group["scope"], group["max_angle"]
+    for name, x in ("lr", group["lr"]), ("weight_decay", group["weight_decay"]):
+        _require(getattr(x, "ndim", 0) == 0 and 0 <= x < math.inf, f"{name} must be one finite number >= 0", x)
+    for name in "a", "b":
+        _require(0 < group[name] < math.inf, f"{name} must be finite and > 0", group[name])
+    _require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "betas must be two numbers in [0, 1)", betas)
+    _require(scope == first["scope"] in ("global", "tensor"), 'scope must be one for all, "global" or "tensor"', scope)
+    _require(scope == "global" or shard_group is None, 'scope must be "global" with a shard_group', scope)
+    _require(0 <= cap <= math.pi, "max_angle must lie in [0, pi] radians", cap)
+    _require(scope == "tensor" or cap == first["max_angle"], 'max_angle must be one for all if scope="global"', cap)
+    _require(not group.get("maximize"), "maximize must be False", True)
     _require(not any(p.is_complex() for p in group["params"]), "params must be real", "a complex parameter")

@@ -496,13 +496,10 @@ def ask(rng, sql, schema, spoken):
 
 def random_schema(rng, words):
     """A schema like the domain's with other names: two tables, the second one refers to the first."""
-    names = iter(rng.sample(words, 12))
+    first, key, a, b, c, d, second, key2, e, f, g, _ = rng.sample(words, 12)
     values = lambda: rng.sample(words, 8)
-    first, key = next(names), next(names)
-    return {first: {key: values(), next(names): values(), next(names): values(), next(names): range(1, 100),
-                    next(names): range(1900, 2025)},
-            next(names): {next(names): values(), first: f"{first}.{key}", next(names): values(),
-                          next(names): range(10, 1000), next(names): range(1, 50)}}
+    return {first: {key: values(), a: values(), b: values(), c: range(1, 100), d: range(1900, 2025)},
+            second: {key2: values(), first: f"{first}.{key}", e: values(), f: range(10, 1000), g: range(1, 50)}}
 
 
 def schema_questions(rng, words, schemas, count, seen=()):
@@ -549,7 +546,7 @@ class Database:
 
 def domain_split(rng, database, per_form):
     """(train, validation, test): distinct (question, SQL) with answers; a held-out part has an eighth of every form."""
-    parts = train, validation, test = [], [], []
+    parts = [], [], []
     for form in FORMS:
         pairs = {}
         for _ in range(20 * per_form):
@@ -609,8 +606,8 @@ def load_base(data, settings, out, device):
     key = hashlib.sha256(shaped_by.encode()).hexdigest()[:16]
     path = out / f"base-{key}.pt"
     if not path.exists():
-        seconds = settings["steps"] * settings["batch"] * 15e-3
-        say(f"pretraining the base: {settings['steps']} steps, to be kept as {path}", seconds)
+        steps = settings["steps"]
+        say(f"pretraining the base: {steps} steps, to be kept as {path}", steps * settings["batch"] * 15e-3)
         state = pretrain(data.streams, settings, device, data.size)
         write_atomically(path, lambda file: torch.save(state, file))
     return torch.load(path, weights_only=True), key
@@ -622,11 +619,8 @@ def fingerprint(state):
 
 
 def say(text, seconds=None):
-    """One line, at once, also where the output is not a terminal and progress bars stay silent."""
-    if seconds:  # as long as it takes, roughly, on two cores
-        text += f": about {seconds / 60:.0f} minutes" if seconds > 100 else f": about {5 * math.ceil(seconds / 5)} s"
-        text += " on 2 cores"
-    print(text, flush=True)
+    """One line, at once, also where the output is no terminal and progress bars stay silent; seconds: roughly."""
+    print(f"{text}: about {5 * math.ceil(seconds / 5)} s on 2 cores" if seconds else text, flush=True)
 
 
 def record_bytes(record):
@@ -646,14 +640,6 @@ def print_table(base, runs):
     for run in [base, *runs]:
         cells = ("-" if run.get(key) is None else format(run[key], form) for key, form in COLUMNS.values())
         print(f"{run['method']:14}" + "".join(f"{cell:>{len(title) + 2}}" for cell, title in zip(cells, COLUMNS)))
-
-
-def print_samples(base, runs):
-    """Three test questions, the right SQL, and what the base and each run wrote."""
-    for i, (question, gold) in enumerate(base["questions"]):
-        print(f"\n{question}?\n  {'gold':14}{gold}")
-        for run in [base, *runs]:
-            print(f"  {run['method']:14}{run['samples'][i]}")
 
 
 OPTIONS = {  # default, least and largest value, what it is
@@ -731,11 +717,9 @@ def main():
 
     # Stage 1
     probe, runs = outside_mass_probe(*data.domain_train, device), []
-    plan = list(itertools.product(args.seeds, args.methods))
     config = vars(args) | {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    for i, (seed, method) in enumerate(plan, 1):
-        seconds = args.steps * args.batch * 5e-3
-        say(f"Stage 1, run {i} of {len(plan)}: {method}, seed {seed}, {args.steps} steps", seconds)
+    for seed, method in itertools.product(args.seeds, args.methods):
+        say(f"Stage 1: {method}, seed {seed}, {args.steps} steps", args.steps * args.batch * 5e-3)
         model = copy.deepcopy(base_model)
         run = {"method": method, "seed": seed, "base": base["fingerprint"], "stage0_s": stage0_s[method.split("+")[0]]}
         run |= finetune(model, method, data.domain_train, record, probe, args, seed, device, anchor)
@@ -748,7 +732,10 @@ def main():
 
     print()
     print_table(base, runs)
-    print_samples(base, runs[:len(args.methods)])
+    for i, (question, gold) in enumerate(base["questions"]):  # what the first seed's models wrote
+        print(f"\n{question}?\n  {'gold':14}{gold}")
+        for run in [base, *runs[:len(args.methods)]]:
+            print(f"  {run['method']:14}{run['samples'][i]}")
 
 
 if __name__ == "__main__":

@@ -283,14 +283,14 @@ def test_derivatives_and_second_derivatives(form, size):
 
 
 class Watch(TorchDispatchMode):
-    """Remembers the largest tensor that any operation returned, and counts the matrix products."""
+    """Remembers the largest tensor that any operation returned, and counts the products of matrices with entries."""
 
     def __init__(self):
         super().__init__()
         self.elements = self.products = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.products += "mm" in str(function)
+        self.products += "mm" in str(function) and all(x.numel() for x in args if isinstance(x, torch.Tensor))
         result = function(*args, **(kwargs or {}))
         for x in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(x, torch.Tensor):
@@ -509,7 +509,6 @@ IDS, WEIGHTS = torch.tensor([0, 2]), torch.zeros(2)
     ((IDS, torch.tensor([0.0, math.nan])), r"tail.log_weight must be finite \(row 1\)"),
     ((IDS, torch.tensor([-math.inf, 0.0])), r"tail.log_weight must be finite \(row 0\)"),
     ((IDS, torch.zeros(3)), r"tail must hold int64 token_ids \(\|R\|,\)"),
-    ((IDS, torch.zeros(2, dtype=torch.int64)), "tail must hold"),
     ((IDS.int(), WEIGHTS), "tail must hold"), ((IDS[None], WEIGHTS[None]), "tail must hold"),
     ((IDS.to("meta"), WEIGHTS), "tail must hold .* on cpu"),
     ((IDS, WEIGHTS.to("meta")), "tail must hold"),
@@ -522,7 +521,7 @@ def test_bad_tails_are_refused_by_both_forms(tail, message):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(size=-1), "size must be at least 0"), (dict(vocab_size=0), "vocab_size must lie"),
+    (dict(size=-1), "size must be at least 0"), (dict(vocab_size=0), r"target must lie in \[0, 0\)"),
     (dict(target=torch.tensor([2, 4, 0])), r"target must lie in \[0, 4\).*row 1"),
     (dict(target=torch.tensor([2, 1, -1])), r"target.*row 2"),
     (dict(target=torch.tensor([2.0])), "target must hold integers")])
@@ -679,7 +678,7 @@ def test_log_probs_are_those_of_the_softmax_and_travel_with_their_tokens(tmp_pat
     (torch.tensor([-0.5, -1.0, -math.inf]), r"log_probs must be finite.*row 1"),
     (torch.tensor([0.1, -1.0, -1.0]), r"log_probs must be finite.*row 0"),  # a logit, or not a logarithm
     (torch.tensor([-0.5, -0.5, -0.5]), r"log_probs must be.*add up to 1.*row 1"),
-    (torch.tensor([-0.5, -1.0]), "log_probs must have the 3 entries of token_ids, got 2"),
+    (torch.tensor([-0.5, -1.0]), "log_probs must have the 3 entries of token_ids"),
     (torch.zeros(3, dtype=torch.float64) - 2, "log_probs must be one-dimensional torch.float32")])
 def test_log_probs_that_are_none_are_refused(log_probs, message):
     fields = torch.tensor([1, 0, 2], dtype=torch.int32), torch.tensor([0, 1, 3]), torch.zeros(2), 4, 0.5
@@ -740,16 +739,16 @@ def test_finite_logits_with_an_infinite_sum_are_not_refused():
     (Z, torch.tensor([2, 1, 0]), RECORD, {}, r"target must be in its recorded row.*row 2"),
     (Z, torch.tensor([2, 9, -100]), RECORD, {}, r"target must lie in \[0, 4\).*row 1"),
     (Z * torch.tensor([[1.0], [math.nan], [1.0]]), Y, RECORD, {}, "{sum} must be finite.*row 1"),
-    (Z, Y[:2], RECORD, {}, "{argument} of leading shape"), (Z, Y, RECORD, dict(reduction="avg"), "reduction must be"),
+    (Z, Y[:2], RECORD, {}, "{product} of leading shape"), (Z, Y, RECORD, dict(reduction="avg"), "reduction must be"),
 ])
 def test_bad_input_to_both_losses_names_the_argument(logits, target, record, options, message):
-    def expected(argument, product, sum):
-        return pytest.raises(ValueError, match="^" + message.replace("{argument}", argument).replace(
+    def expected(product, sum):
+        return pytest.raises(ValueError, match="^" + message.replace(
             "{product}", re.escape(product)).replace("{sum}", re.escape(sum)))
 
-    with expected("logits", "logits", "logits"):
+    with expected("logits", "logits"):
         replay_cross_entropy(logits, target, record, **options)
-    with expected("input", "input @ linear_weight.T", "input @ linear_weight.T + linear_bias"):
+    with expected("input @ linear_weight.T", "input @ linear_weight.T + linear_bias"):
         linear_replay_cross_entropy(logits, torch.eye(4)[:logits.shape[1], :logits.shape[1]], target, record, **options)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import datetime
 import functools
 import math
 import warnings
@@ -224,7 +225,8 @@ def sharded(rank, folder):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
     from torch.distributed.optim import ZeroRedundancyOptimizer
-    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/meeting")
+    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/meeting",
+                            timeout=datetime.timedelta(minutes=2))  # a process that waits for another in vain fails
     share, ddp, results = slice(4 * rank, 4 * rank + 4), nn.parallel.DistributedDataParallel, {}
     one_angle = functools.partial(MoClip, shard_group=dist.group.WORLD)
     zero = functools.partial(ZeroRedundancyOptimizer, optimizer_class=one_angle)
