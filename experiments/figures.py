@@ -93,19 +93,17 @@ def mass(plt):
     return figure
 
 
-def typical(record):
-    """Of the rows with several tokens the one whose |S| and outside mass are nearest to their medians, as ratios."""
-    several = (record.subset_sizes > 1).nonzero().squeeze(1)
-    off = lambda x: (x[several] / x[several].median()).clamp(min=1e-9).log().abs()
-    return int(several[(off(record.subset_sizes.double()) + off(record.outside_mass.double())).argmin()])
-
-
 def position(plt):
-    """What Stage 0 keeps of a typical position, and what a batch's tail adds: probabilities in rank order."""
+    """What Stage 0 keeps of a typical position, and what a batch's tail adds: probabilities in rank order.
+
+    Of the positions with several tokens the one whose |S| and outside mass are nearest to their medians, as ratios.
+    """
     base = sweep.prepared(0)
     (tokens, targets), V = base.data.domain_train, base.data.size.vocab_size
     record = script.stage0(base.model, tokens, targets, sweep.DEFAULT["tau"], sweep.CPU)
-    row, scored = typical(record), targets != script.IGNORE
+    several, scored = (record.subset_sizes > 1).nonzero().squeeze(1), targets != script.IGNORE
+    far = lambda x: (x[several] / x[several].median()).clamp(min=1e-9).log().abs()
+    row = several[(far(record.subset_sizes.double()) + far(record.outside_mass.double())).argmin()].item()
     example, t = (x[row].item() for x in scored.nonzero(as_tuple=True))  # row-major, as Stage 0 numbers them
     p = (base.model(tokens[example:example + 1, :t + 1])[0, -1] @ base.model.embedding.weight.T).softmax(0).detach()
     rank = torch.empty(V, dtype=torch.long)
@@ -157,7 +155,6 @@ def orbits(plt):
 
 
 FIGURES = {"position": position, "frontier": frontier, "mass": mass, "orbits": orbits}
-"""name -> function(pyplot) -> figure."""
 
 
 def main():

@@ -208,40 +208,38 @@ def speed(_):
 
 
 def pretrained(domain):
-    """A pretrained model: an arm at a rate is a line, ± over seeds; "-": an earlier script did not measure it."""
+    """A pretrained model, ± over seeds; "-": an earlier script did not measure it. Of equal runs the newest counts."""
     keys = {"domain_accuracy": "accuracy", "domain_nll": "domain NLL", "forgetting": "prose lost",
             "forgetting_sql": "SQL lost", "chat_kl": "chat KL", "chat_same": "chat same", "step_ms": "ms a step"}
-    earlier = {"anchor_text": "given", "anchor_step": 3}  # what an earlier script did
+    earlier = {"anchor_text": "given", "anchor_step": 3, "anchor_weight": 1}  # what an earlier script did
 
     def build(_):
-        arms = collections.defaultdict(list)
+        arms = collections.defaultdict(dict)
         for study in result("pretrained"):
-            config = study["config"]
+            config = earlier | study["config"]
             for run in study["runs"]:
                 if config.get("domain") == domain and run["method"] != "base":
                     name = ", ".join(filter(None, (run["method"], config["variant"])))
                     if run["method"].startswith("anchor") or config["variant"] in sweep.rivals.ON_TEXT:
-                        name += ", {anchor_text} text, {anchor_step} a step".format_map(earlier | config)
-                    arms[name, float(config["lr"])].append(
-                        {**run, **{new: run[old] for old, new in keys.items() if old in run}})
-        return table([((name, f"{lr:g}", len(runs)), runs) for (name, lr), runs in sorted(arms.items())],
-                     ("arm", "lr", "seeds"), list(keys.values()))
+                        name += ", {anchor_text} text, {anchor_step} a step, weight {anchor_weight}".format_map(config)
+                    record = "-" if name.startswith("full") else "{tau}, {tail}".format_map(config)
+                    arms[name, record, float(config["lr"])][run["seed"]] = {
+                        **run, **{new: run[old] for old, new in keys.items() if old in run}}
+        return table([((*arm, len(runs)), list(runs.values())) for arm, runs in sorted(arms.items())],
+                     ("arm", "tau, tail", "lr", "seeds"), list(keys.values()))
     return build
 
 
-REPLAY = dict(method="replay+adamw")
-MOCLIP = dict(method="tail+moclip")
-TABLES = {"main": arms_table("main", "moclip"), "rivals": arms_table("rivals"), "claim": claim, "same rate": same_rate,
-          "texts": arms_table("texts", "full+anchor"), "rates": rates, "seeds": seeds, "dials": dials, "price": price,
-          "longer": longer,
+TABLES = {"main": arms_table("main", "moclip"), "rivals": arms_table("rivals"), "claim": claim, "rates": rates,
+          "texts": arms_table("texts", "full+anchor"), "same rate": same_rate, "seeds": seeds, "dials": dials,
+          "price": price, "longer": longer, "bases": bases, "first run": first_run, "speed": speed,
+          "pretrained": pretrained("sql"), "calls": pretrained("calls"),
           "tau": fixed("arm", {f"{arm['method']}, tau = {tau}": {**arm, "tau": tau} for tau in (0.9, 0.99)
-                               for arm in (REPLAY, TAIL)}, "outside mass", "tokens recorded"),
+                               for arm in (ALL["replay+adamw"], TAIL)}, "outside mass", "tokens recorded"),
           "record": fixed("recorded, tail+adamw", {"gold only, no Stage 0": {**TAIL, "variant": "gold only"},
                                                    "tau = 0.9": TAIL}, "outside mass"),
-          "cap": fixed("tail+moclip", {f"cap {cap:g}°": {**MOCLIP, "max_angle": cap} for cap in (60.0, 90.0, 180.0)},
-                       "clipped"),
-          "bases": bases, "first run": first_run, "speed": speed, "pretrained": pretrained("sql"),
-          "calls": pretrained("calls")}
+          "cap": fixed("tail+moclip", {f"cap {cap:g}°": {**ALL["tail+moclip"], "max_angle": cap}
+                                       for cap in (60.0, 90.0, 180.0)}, "clipped")}
 
 
 def fill(text, rows):

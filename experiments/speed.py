@@ -1,6 +1,6 @@
 """What does it cost? Time and memory as ratios, measured side by side in one run: README's sentences about speed.
 
-    python -m experiments.speed [--device cuda] [--only head anchor recording optimizer training]
+    python -m experiments.speed [--device cuda] [--only head anchor recording training]
 
 prints one table, and writes it to experiments/results/speed.json; ten minutes on 2 cores, if nothing else runs there.
 Things that are compared take turns, so that a noisy machine slows all of them; a figure is the median over the turns.
@@ -22,12 +22,9 @@ import torch.nn.functional as F
 
 from experiments import sweep
 from experiments.sweep import script
-from logits_replay import (ReplayRecord, linear_replay_cross_entropy, linear_replay_kl_div, record_topk, sample_tail,
-                           write_atomically)
-from moclip import MoClip
+from logits_replay import ReplayRecord, linear_replay_cross_entropy, linear_replay_kl_div, record_topk, sample_tail
 
-RESULTS = sweep.RESULTS.with_name("speed.json")
-rows = []
+RESULTS, rows = sweep.RESULTS.with_name("speed.json"), []
 
 
 def report(what, value, target="", **details):
@@ -54,7 +51,7 @@ def head(device, N=2048, d=256, V=50304, size=32):
     y = zipf((N,))
     ids = [sorted(list(dict.fromkeys([gold, *zipf((4 * size,)).tolist()]))[:size]) for gold in y.tolist()]
     offsets = torch.tensor([0, *map(len, ids)]).cumsum(0)
-    ids = torch.tensor(sum(ids, []), dtype=torch.int32)
+    ids = torch.tensor([i for row in ids for i in row], dtype=torch.int32)
     log_probs = torch.full((len(ids),), 0.5 / size).log()  # half of the probability, evenly
     record = ReplayRecord(ids, offsets, torch.full((N,), 0.5), V, 0.5, log_probs)
     return h.to(device).requires_grad_(), W.to(device).requires_grad_(), y.to(device), record.to(device)
@@ -139,17 +136,6 @@ def measure_recording(device, N=1024, V=50304):
                ">= 5x; <= 2x" * (name == "confident"), seconds=t)
 
 
-def measure_optimizer(device):
-    large = [torch.nn.Parameter(torch.randn(1000, 1000, device=device)) for _ in range(100)]
-    for name, params in ("the compact model", list(script.Model().to(device).parameters())), ("100 of 1M", large):
-        for p in params:
-            p.grad = torch.randn_like(p)
-        t = medians(device, 9, moclip=MoClip(params, 1e-9).step,
-                    adamw=torch.optim.AdamW(params, 1e-9, foreach=True).step)
-        report(f"MoClip.step, {name}: times AdamW(foreach=True)", f"{t['moclip'] / t['adamw']:.2f}x", "<= 1.5x",
-               seconds=t)
-
-
 def watched(score, head_ms):
     """The loss with a stopwatch: milliseconds from its forward pass until its gradient reaches the hidden states."""
     def timed(hidden, *inputs):
@@ -205,8 +191,7 @@ def measure_share(base, record, factor):
            f"{head:.0%}; {step:.0%}; {predicted:.0%}", ">= 65%", milliseconds=found)
 
 
-MEASURES = {"head": measure_head, "anchor": measure_anchor, "recording": measure_recording,
-            "optimizer": measure_optimizer, "training": measure_training}
+MEASURES = dict(head=measure_head, anchor=measure_anchor, recording=measure_recording, training=measure_training)
 
 
 def main():
@@ -217,10 +202,9 @@ def main():
     print("| what | measured | aim |\n|---|---|---|")
     for name in args.only:
         MEASURES[name](args.device)
-    kind = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    found = {"device": torch.cuda.get_device_name() if args.device.type == "cuda" else kind,
+    found = {"device": f"{args.device}, {platform.machine()}, {torch.get_num_threads()} threads",
              "torch": torch.__version__, "rows": rows}
-    write_atomically(RESULTS, lambda file: file.write((json.dumps(found, indent=1) + "\n").encode()))
+    script.write_atomically(RESULTS, lambda file: file.write((json.dumps(found, indent=1) + "\n").encode()))
 
 
 if __name__ == "__main__":

@@ -40,8 +40,7 @@ ARMS = {
     "moclip": {method: dict(method=method) for method in ("anchor+moclip", "full+moclip", "tail+moclip")},
     "rivals": {variant: dict(FULL, variant=variant) for variant in
                ("LoRA 8", "LoRA 32", "L2-SP 0.001", "L2-SP 0.01", "eps 0.0001", "KL to base", "mixed", "own tokens")},
-    "texts": {"anchor+adamw, given text": dict(ANCHOR, text="given"),
-              "anchor+adamw, both texts": dict(ANCHOR, text="both")},
+    "texts": {f"anchor+adamw, {text}": dict(ANCHOR, text=text.split()[0]) for text in ("given text", "both texts")},
     "full+anchor": {"anchor+adamw, full softmax": dict(ANCHOR, variant="full softmax")}}
 """study -> arm -> its settings, but for base, seed and learning rate."""
 ALL = {name: arm for arms in ARMS.values() for name, arm in arms.items()}
@@ -218,9 +217,8 @@ def load():
 
 
 def main():
-    names = list(studies([]))
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STUDY", help=", ".join(names))
+    parser, names = argparse.ArgumentParser(description=__doc__.split("\n")[0]), list(studies([]))
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--bases", nargs="+", type=int, choices=BASES, default=BASES, help="to run some first")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     args = parser.parse_args()
