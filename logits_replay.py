@@ -3,8 +3,8 @@
 The two stages of *Logits Replay + MoClip* (Qiu, Li, Zhou, Huang, Qiu, Sun; arXiv:2510.09152): "In Stage 0, we record
 dynamic Top-K token subsets that cover a probability threshold, always including the gold label. In Stage 1, we replay
 these compact subsets to compute exact renormalized losses, avoiding full softmax". The tail, which estimates what the
-subsets leave out, and the anchor, which keeps the model from forgetting, are this project's. THEORY.md proves what is
-guaranteed (R1 to R14) and ends with all decisions that are ours.
+subsets leave out, and the anchor, which keeps the model from forgetting, are this project's. THEORY.md has the proofs
+(R1 to R14) and all decisions that are ours.
 
     symbol   code           meaning
     N                       token positions: a batch of sequences, flattened row-major
@@ -80,8 +80,7 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
     limit, token_ids, log_probs = min(max_size or V, V), [], []
 
     def rank(top):
-        """(K, p_(K)), (n,) each, from the first k in rank, (n, k); K = k + 1 where these k do not decide it."""
-        # K_t = min {K : p_(1) + ... + p_(K) >= tau}; a CPU adds in this order, CUDA by a scan
+        # (K_t, p_(K_t)), (n,) each, from the first k in rank, (n, k); K = k + 1 where these k do not decide it
         K = (1 + (top.cumsum(1, dtype=torch.float64) < tau).sum(1)).clamp(max=limit)
         return K, top.gather(1, (K - 1).clamp(max=top.shape[1] - 1)[:, None])[:, 0]
 
@@ -200,10 +199,8 @@ def _cross_entropy(z, z_tail, y: Tensor, record: ReplayRecord, tail, ignore_inde
     return _reduce(zeros.index_add(0, rows, log_q.where(is_gold, 0), alpha=-1), counted, shape, reduction)
 
 
-# -------------------------------------------------------------------------- the tail: a sample of what S_t leaves out
 class Tail(NamedTuple):
     """Tokens R that every position scores beside its recorded ones, each with weight w = 1 / inclusion probability."""
-
     token_ids: Tensor   # (|R|,) int64: ascending, no duplicates, in [0, V)
     log_weight: Tensor  # (|R|,) floating point: log w
 
@@ -236,7 +233,6 @@ def sample_tail(target: Tensor, vocab_size: int, size: int, *, ignore_index=-100
     return Tail(token_ids, torch.full_like(token_ids, log_weight, dtype=torch.float32).where(~is_gold[token_ids], 0))
 
 
-# ------------------------------------------------------------- the anchor: stay where the base was, on a little text
 def replay_kl_div(logits: Tensor, record: ReplayRecord, *, reduction="mean") -> Tensor:
     """The anchor: KL from the recording model to this one, on the recorded tokens of text that is to be kept.
 
@@ -262,10 +258,7 @@ def replay_kl_div(logits: Tensor, record: ReplayRecord, *, reduction="mean") -> 
 
 def linear_replay_kl_div(input: Tensor, linear_weight: Tensor, record: ReplayRecord, *, linear_bias=None,
                          reduction="mean") -> Tensor:
-    """The anchor, fast: `replay_kl_div` of logits = input @ linear_weight.T + linear_bias, never formed.
-
-    input (..., d), linear_weight (V, d), linear_bias (V,) or None; all else as in `linear_replay_cross_entropy`.
-    """
+    """The anchor, fast: `replay_kl_div` of input @ linear_weight.T + linear_bias, as `linear_replay_cross_entropy`."""
     z, _ = _linear_logits(input, linear_weight, linear_bias, record)
     return _kl_div(z, record, input.shape[:-1], reduction)
 
@@ -307,7 +300,6 @@ with warnings.catch_warnings():  # torch warns once that CSR tensors are in beta
 @dataclass(frozen=True, eq=False)
 class ReplayRecord:
     """The recorded subsets of N positions, as ragged rows in compressed (CSR-style) form, all on one device."""
-
     token_ids: Tensor                # (nnz,) int32: row t is token_ids[offsets[t]:offsets[t + 1]], ascending, in [0, V)
     offsets: Tensor                  # (N+1,) int64: 0 first, nnz last, never decreasing
     outside_mass: Tensor             # (N,) float32: rho_t under the recording model; 0 for an ignored, so empty row
@@ -333,8 +325,8 @@ class ReplayRecord:
         _require(ascending, "token_ids must be ascending without duplicates", offsets)
         if log_p is not None:
             _require(len(log_p) == len(ids), f"log_probs must have the {len(ids)} entries of token_ids")
-            total = torch.zeros_like(rho).index_add(0, self.rows, log_p.exp() + 0 * log_p)  # nan where one is infinite
-            _require(total <= 1.01, "log_probs must be finite, with probabilities that add up to 1 at most")
+            total = torch.zeros_like(rho).index_add(0, self.rows, log_p.where(log_p <= 0, math.nan).exp() + 0 * log_p)
+            _require(total <= 1.01, "log_probs must be finite, at most 0, of probabilities that add up to 1 at most")
 
     def __len__(self) -> int:
         return len(self.outside_mass)
@@ -426,21 +418,18 @@ def _linear_logits(input: Tensor, linear_weight: Tensor, linear_bias, record: Re
 
 
 class _SampledLogits(torch.autograd.Function):
-    """(h[rows] * W[ids]).sum(1) and h @ W[R].T, forward and backward, without (nnz, d) memory."""
-    # the copies of `sampled_addmm`'s own backward double the time, and autograd would make two dense (V, d) gradients
+    """(h[rows] * W[ids]).sum(1) and h @ W[R].T: no (nnz, d) memory, no copies as by autograd, half the time."""
 
     @staticmethod
     def forward(ctx, h, W, offsets, ids, R):
         ctx.save_for_backward(h, W, offsets, ids, R)
         with torch.autocast(h.device.type, enabled=False):  # the sparse products lack bfloat16
             z = torch.sparse.sampled_addmm(_csr(offsets, ids, h.new_zeros(len(ids)), h, W), h, W.t(), beta=0).values()
-            # detached from the sparse tensor that it is a view of: torch.compile looks for strides there
-            return z.detach(), h @ W[R].t()
+            return z.detach(), h @ W[R].t()  # torch.compile looks for strides in the sparse tensor that z is a view of
 
     @staticmethod
     def backward(ctx, dz, dz_tail):
-        if torch.is_grad_enabled():
-            raise RuntimeError("the linear forms have a first derivative only; the forms of the logits have all")
+        _require(not torch.is_grad_enabled(), "linear forms have a first derivative only, those of logits have all")
         h, W, offsets, ids, R = ctx.saved_tensors
         with torch.autocast(h.device.type, enabled=False):
             # dL/dh = G W,   dL/dW = G' h,   with G the (N, V) sparse matrix of dL/dz; and the same with dL/dz_tail
@@ -450,13 +439,12 @@ class _SampledLogits(torch.autograd.Function):
             return grad_h, grad_W, None, None, None
 
 
-def _csr(offsets: Tensor, ids: Tensor, values: Tensor, h: Tensor, W: Tensor) -> Tensor:  # (N, V)
-    # the device is named because a default device would override the values'
+def _csr(offsets: Tensor, ids: Tensor, values: Tensor, h: Tensor, W: Tensor) -> Tensor:
+    # (N, V); the device is named because a default device would override the values'
     return torch.sparse_csr_tensor(offsets, ids, values, (len(h), len(W)), device=h.device, check_invariants=False)
 
 
 def _reduce(values: Tensor, counted: Tensor, shape, reduction: str) -> Tensor:
-    """The reduction of `F.cross_entropy` over (N,) values: "mean" over those that are counted, (N,) bool."""
     _require(reduction in ("mean", "sum", "none"), f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     if reduction == "none":
         return values.reshape(shape)

@@ -2,7 +2,7 @@ r"""MoClip: Adam-atan2 whose gradient may not turn further than max_angle away f
 
 The optimizer of *Logits Replay + MoClip* (Qiu, Li, Zhou, Huang, Qiu, Sun; arXiv:2510.09152), in three pieces:
 `angle_between` (how far), `clip_angle` (the cap, a rotation), `MoClip` (the cap inside Adam-atan2). Angles are radians.
-README.md lists what is chosen where the paper's summary is silent, THEORY.md (M1 to M11) what that guarantees.
+THEORY.md proves what that guarantees (M1 to M11) and lists what is chosen where the paper's summary is silent.
 
     symbol   code                  meaning
     g        grad                  gradient of this step

@@ -646,7 +646,7 @@ OPTIONS = {  # default, least and largest value, what it is
     "tau": (0.9, 1e-6, 1, "coverage of the recorded subsets"),
     "tail": (256, 0, math.inf, "tokens that a tail method samples for each batch"),
     "anchor": (120, 0, math.inf, "windows of text for the anchor methods; 0 leaves them out"),
-    "anchor-weight": (1.0, 0, 1e6, "of the anchor's loss beside the tail's"),
+    "anchor-weight": (0.3, 0, 1e6, "of the anchor's loss beside the tail's"),
     "max-angle": (90.0, 0, 180, "MoClip's cap, in degrees"),
     "steps": (200, 1, math.inf, "fine-tuning steps"),
     "batch": (32, 1, math.inf, "examples a step"),

@@ -161,7 +161,7 @@ def arguments():
     parser.add_argument("--anchor", type=int, default=120, help="windows of text for the anchor and the rivals on text")
     parser.add_argument("--anchor-text", default="own", choices=("own", "given"), help="the base's own, or prose")
     parser.add_argument("--anchor-step", type=int, default=1, help="windows a step and process")
-    parser.add_argument("--anchor-weight", type=float, default=1.0)
+    parser.add_argument("--anchor-weight", type=float, default=0.3)
     parser.add_argument("--max-angle", type=float, default=90, help="MoClip's cap, in degrees")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--steps", type=int, default=30)

@@ -278,7 +278,7 @@ def test_derivatives_and_second_derivatives(form, size):
         torch.testing.assert_close(torch.func.grad(function, (0, 1, 2))(h, W, b),
                                    torch.autograd.grad(function(h, W, b), (h, W, b)), rtol=0, atol=1e-14)
     else:  # refused, not wrong
-        with pytest.raises(RuntimeError, match="first derivative only"):
+        with pytest.raises(ValueError, match="first derivative only"):
             torch.autograd.grad(function(h, W, b), h, create_graph=True)
 
 
@@ -530,6 +530,13 @@ def test_bad_input_to_sample_tail(change, message):
         sample_tail(**{**dict(target=Y, vocab_size=4, size=1), **change})
 
 
+def test_the_maximum_that_keeps_exp_from_overflowing_counts_a_tail_s_weights():
+    z, y = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
+    record = ReplayRecord(torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0, 2]), torch.zeros(1), 3, 0.5)
+    for _, loss in both_forms(z, y, record, tail=Tail(torch.tensor([2]), torch.tensor([100.0]))):
+        assert loss.item() == pytest.approx(98.0, rel=2.0**-22)  # log(exp 2 + exp 1 + exp 100) - 2
+
+
 def test_a_tail_token_whose_logit_is_not_finite_is_refused_by_row():
     W = torch.eye(4)
     W[3] = math.inf  # not recorded for row 1; 0 * inf is nan there
@@ -676,7 +683,7 @@ def test_log_probs_are_those_of_the_softmax_and_travel_with_their_tokens(tmp_pat
 @pytest.mark.parametrize("log_probs, message", [
     (torch.tensor([-0.5, math.nan, -1.0]), r"log_probs must be finite.*row 1"),
     (torch.tensor([-0.5, -1.0, -math.inf]), r"log_probs must be finite.*row 1"),
-    (torch.tensor([0.1, -1.0, -1.0]), r"log_probs must be finite.*row 0"),  # a logit, or not a logarithm
+    (torch.tensor([0.001, -1.0, -1.0]), r"log_probs must be finite, at most 0.*row 0"),  # a logit, or not a logarithm
     (torch.tensor([-0.5, -0.5, -0.5]), r"log_probs must be.*add up to 1.*row 1"),
     (torch.tensor([-0.5, -1.0]), "log_probs must have the 3 entries of token_ids"),
     (torch.zeros(3, dtype=torch.float64) - 2, "log_probs must be one-dimensional torch.float32")])
