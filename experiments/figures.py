@@ -1,9 +1,9 @@
 """What do the results look like? The figures of README.md, THEORY.md and this folder's README.md, as SVG.
 
-    python -m experiments.figures [NAME ...]     # without names all of them; needs matplotlib (pip install matplotlib)
+    python -m experiments.figures [--only NAME ...]     # needs matplotlib: pip install matplotlib
 
-writes experiments/figures/NAME.svg for the names of FIGURES, at the end of this file; "position" takes base 0 of the
-study from runs/, or pretrains it. For light and for dark pages; lines and markers tell the arms apart without colour.
+writes experiments/figures/NAME.svg for light and for dark pages; lines and markers tell the arms apart without colour.
+"position" takes base 0 of the study from runs/, or pretrains it.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def frontier(plt):
     for panel, key, names in (("a", "prose lost", arms), ("b", "SQL lost", [*arms[:4], "KL to base"])):
         axes = panels[panel]
         for name in names:
-            mine = select(rows, seed=0, **report.ARMS[name])
+            mine = select(rows, seed=0, **sweep.ALL[name])
             groups = [group for lr in sweep.LADDER if len(group := report.at(mine, lr)) == len(sweep.BASES)]
             axes.plot([max(0, report.mean(group, key)) for group in groups],
                       [100 * report.mean(group, "accuracy") for group in groups], **look(name))
@@ -56,7 +56,8 @@ def frontier(plt):
     axes = panels["c"]
     for name in ("full+adamw", "tail+adamw", "anchor+adamw"):
         runs = [row for value in sweep.LONGER if "steps" in value
-                for row in report.at(select(rows, base=0, seed=0, **{**report.ARMS[name], **value}), 1.2e-3)]
+                for row in report.at(select(rows, base=0, seed=0, **{**sweep.ALL[name], **value}), 1.2e-3)
+                if row["run, s"]]
         axes.plot([row["run, s"] for row in runs], [row["prose lost"] for row in runs], **look(name))
         for row in runs:
             axes.annotate(f"{100 * row['accuracy']:.0f}", (row["run, s"], row["prose lost"]), (0, 7), ha="center",
@@ -82,7 +83,7 @@ def mass(plt):
     """R7: the outside mass over the steps, lr 8e-4, mean over bases."""
     figure, axes = plt.subplots(figsize=(WIDTH, 3.6))
     for name in ("full+adamw", "replay+adamw", "tail+adamw", "anchor+adamw"):
-        group = report.at(select(report.load(), seed=0, **report.ARMS[name]), 8e-4)
+        group = report.at(select(report.load(), seed=0, **sweep.ALL[name]), 8e-4)
         logs = torch.tensor([row["outside_mass_log"] for row in group])
         if len(logs):
             axes.plot(logs[0, :, 0], logs[:, :, 1].mean(0), **look(name))
@@ -92,23 +93,19 @@ def mass(plt):
     return figure
 
 
-def typical(record):
-    """Of the rows with several tokens the one whose |S| and outside mass are nearest to their medians, as ratios."""
-    several = (record.subset_sizes > 1).nonzero().squeeze(1)
-    off = lambda x: (x[several] / x[several].median()).clamp(min=1e-9).log().abs()
-    return int(several[(off(record.subset_sizes.double()) + off(record.outside_mass.double())).argmin()])
-
-
-@torch.no_grad()
 def position(plt):
-    """What Stage 0 keeps of a typical position, and what a batch's tail adds: probabilities in rank order."""
+    """What Stage 0 keeps of a typical position, and what a batch's tail adds: probabilities in rank order.
+
+    Of the positions with several tokens the one whose |S| and outside mass are nearest to their medians, as ratios.
+    """
     base = sweep.prepared(0)
     (tokens, targets), V = base.data.domain_train, base.data.size.vocab_size
     record = script.stage0(base.model, tokens, targets, sweep.DEFAULT["tau"], sweep.CPU)
-    row, scored = typical(record), targets != script.IGNORE
+    several, scored = (record.subset_sizes > 1).nonzero().squeeze(1), targets != script.IGNORE
+    far = lambda x: (x[several] / x[several].median()).clamp(min=1e-9).log().abs()
+    row = several[(far(record.subset_sizes.double()) + far(record.outside_mass.double())).argmin()].item()
     example, t = (x[row].item() for x in scored.nonzero(as_tuple=True))  # row-major, as Stage 0 numbers them
-    hidden = base.model(tokens[example:example + 1, :t + 1])[0, -1]
-    p = (base.model.embedding.weight @ hidden).softmax(0)
+    p = (base.model(tokens[example:example + 1, :t + 1])[0, -1] @ base.model.embedding.weight.T).softmax(0).detach()
     rank = torch.empty(V, dtype=torch.long)
     rank[p.argsort(descending=True, stable=True)] = torch.arange(1, V + 1)
     S, gold = record.select([row]).token_ids.long(), targets[example, t].item()
@@ -124,9 +121,8 @@ def position(plt):
     axes.plot(rank[gold], p[gold], "*", color=GREEN, ms=17, mec=GREY,
               label=f"gold: {base.data.tokenizer.decode([gold]).strip()!r}")
     context = base.data.tokenizer.decode(tokens[example, :t + 1].tolist()).split("\n")
-    axes.set(xscale="log", yscale="log", xlabel="rank", ylabel="probability", title="\n".join(context))
-    axes.title.set_horizontalalignment("left")
-    axes.title.set_position((0, 1))
+    axes.set(xscale="log", yscale="log", xlabel="rank", ylabel="probability")
+    axes.set_title("\n".join(context), loc="left")
     axes.grid(True)
     axes.legend(loc="lower left")
     return figure
@@ -145,39 +141,26 @@ def path(max_angle, steps=2500, lr=0.01, betas=(0.9, 0.99)):
 
 def orbits(plt):
     """THEORY.md, M7: below 90 degrees the iterates end on a wide circle around the minimum, at 90 within lr of it."""
-    figure, panels = plt.subplots(2, 4, figsize=(WIDTH, 4.4))
-    for degrees, (whole, end) in zip((15, 45, 80, 90), panels.T):
-        points = path(math.radians(degrees))
-        last = points[-500:]
-        turn = torch.linspace(0, 2 * math.pi, 181)
-        limit = 1.35 * max(1.0, last.norm(dim=1).max().item())  # a scale of its own
-        tick = {15: 40, 45: 10, 80: 2, 90: 1}[degrees]
-        whole.plot(*points.T, color=BLUE, lw=0.8)
-        whole.plot(*points[0], "o", color=ORANGE, ms=6)
-        end.plot(*last.T, color=BLUE, lw=0.8)
-        end.plot(turn.cos(), turn.sin(), "--", color=ORANGE, lw=1.5)
-        whole.set(title=f"cap {degrees}°", xlim=(-120, 120), ylim=(-120, 120), xticks=(-100, 100), yticks=(-100, 100))
-        end.set(title=f"radius {last.norm(dim=1).mean():.2g} lr", xlim=(-limit, limit), ylim=(-limit, limit),
-                xticks=(-tick, tick), yticks=(-tick, tick))
-        for axes in (whole, end):
-            axes.set_aspect("equal")
-            axes.plot(0, 0, "+", color=GREY, ms=7)
-    panels[0, 0].set_ylabel("2500 steps")
-    panels[1, 0].set_ylabel("the last 500")
-    figure.supxlabel("in units of lr; dot: start; cross: minimum; dashed circle: radius lr", size=12)
+    figure, panels = plt.subplots(1, 4, figsize=(WIDTH, 2.5))
+    for degrees, tick, axes in zip((15, 45, 80, 90), (40, 10, 2, 1), panels):
+        last, turn = path(math.radians(degrees))[-500:], torch.linspace(0, 2 * math.pi, 181)
+        axes.plot(*last.T, color=BLUE, lw=0.8)
+        axes.plot(turn.cos(), turn.sin(), "--", color=ORANGE, lw=1.5)
+        axes.plot(0, 0, "+", color=GREY, ms=7)
+        limit = 1.5 * max(1.0, last.norm(dim=1).max().item())  # a scale of its own
+        axes.set(title=f"cap {degrees}°:\n{last.norm(dim=1).mean():.2g} lr", aspect="equal",
+                 **{f"{side}{what}": (-end, end) for side in "xy" for what, end in (("lim", limit), ("ticks", tick))})
+    figure.supxlabel("the last 500 of 2500 steps, in units of lr; dashed circle: radius lr", size=12)
     return figure
 
 
 FIGURES = {"position": position, "frontier": frontier, "mass": mass, "orbits": orbits}
-"""name -> function(pyplot) -> figure."""
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(FIGURES)}; default: all")
-    names = parser.parse_args().names or list(FIGURES)
-    if unknown := [name for name in names if name not in FIGURES]:
-        parser.error(f"no figure {unknown[0]!r}; there are {', '.join(FIGURES)}")
+    parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES))
+    names = parser.parse_args().only
     try:
         import matplotlib
     except ImportError as error:

@@ -16,35 +16,35 @@ import re
 import statistics
 
 from experiments import sweep
-from experiments.sweep import ANCHOR, FULL, TAIL, chosen, select
+from experiments.sweep import ALL, ANCHOR, FULL, TAIL, chosen, select
 
 STUDENT = {1: 12.71, 2: 4.303}  # 97.5 % quantile of Student's t, by degrees of freedom
-ARMS = {name: arm for study in sweep.ARMS.values() for name, arm in study.items()}
 READMES = [sweep.ROOT / name for name in ("README.md", "experiments/README.md")]
 LOSS = ["prose lost", "SQL lost"]  # forgetting: by how much the NLL rises, nats a token
 
 
 def load():
-    """The study's rows, with what is measured against their base."""
-    done, rows = sweep.load(), []
+    """The study's rows, with what is measured against their base; times are speed.py's, measured side by side."""
+    done, rows, timed = sweep.load(), [], next((row["arms"] for row in result("speed")["rows"] if "arms" in row), [])
     bases = {row["fingerprint"]: row for row in done["bases"]}
     for row in done["runs"]:
         base = bases[row["fingerprint"]]
+        times = [arm for arm in timed if select([{**row, "steps": 200}], **arm["settings"])]
+        ms, stage0 = (times[0][key] if times else None for key in ("step_ms", "stage0_s"))
         rows.append({**row, "accuracy": row["domain_accuracy_test"], "domain NLL": row["domain_nll_test"],
                      "prose lost": row["general_nll_test"] - base["general_nll_test"],
                      "SQL lost": row["other_nll_test"] - base["other_nll_test"],
-                     "outside mass": row["outside_mass_end"], "ms a step": row["step_ms"],
-                     "run, s": row["stage0_s"] + row["steps_s"], "clipped": row["clip_fraction"],
+                     "outside mass": row["outside_mass_end"], "ms a step": ms,
+                     "tokens recorded": row["subset_size_mean"], "tokens": row.get("anchor_tokens_a_position"),
+                     "bytes": row.get("anchor_bytes_a_position"),
+                     "run, s": times and stage0 + row["steps"] * ms / 1e3 or None, "clipped": row["clip_fraction"],
                      "record, MB": (row["record_bytes"] + row.get("anchor_bytes", 0)) / 1e6})
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------ cells and lines
-
 FORMS = collections.defaultdict(lambda: "{:.3f}", {
     "accuracy": "{:.1%}", "outside mass": "{:.4f}", "ms a step": "{:.0f}", "run, s": "{:.0f}", "record, MB": "{:.1f}",
-    "clipped": "{:.0%}", "subset_size_mean": "{:.0f}", "anchor_tokens_a_position": "{:.0f}",
-    "anchor_bytes_a_position": "{:.0f}", "anchor_single_token": "{:.0%}"})
+    "clipped": "{:.0%}", "tokens recorded": "{:.0f}", "tokens": "{:.0f}", "bytes": "{:.0f}", "chat same": "{:.0%}"})
 PRICE = ["ms a step", "run, s", "record, MB"]
 
 
@@ -65,15 +65,17 @@ def spread(rows, key):
     """Mean ± standard deviation over bases and seeds; ValueError for two rows of one base and seed: two arms, then."""
     if len({(row.get("base"), row["seed"]) for row in rows}) < len(rows):
         raise ValueError(f"two arms in one line: {rows[0]}")
+    if any(row.get(key) is None for row in rows):
+        return "-"
     values = [row[key] for row in rows]
     deviation = f" ± {FORMS[key].format(statistics.stdev(values))}" if len(values) > 1 and key not in PRICE else ""
     return FORMS[key].format(statistics.mean(values)) + deviation
 
 
-def table(lines, titles, measures, names=None):
+def table(lines, titles, measures):
     """`lines` are (cells, rows); a measure is a column. A line without rows is left out."""
-    return markdown([*titles, *(names or measures)], ([*cells, *(spread(rows, key) for key in measures)]
-                                                     for cells, rows in lines if rows))
+    return markdown([*titles, *measures], ([*cells, *(spread(rows, key) for key in measures)]
+                                           for cells, rows in lines if rows))
 
 
 def at(rows, lr):
@@ -82,7 +84,7 @@ def at(rows, lr):
 
 def best(rows, name):
     """The arm's rows at the rate that validation chose; none if it was not run."""
-    mine = select(rows, **ARMS[name])
+    mine = select(rows, **ALL[name])
     return at(mine, chosen(mine)) if mine else []
 
 
@@ -94,7 +96,7 @@ def paired(rows, others, key, difference):
             values[row["base"]].append(difference(row[key], by[row["base"], row["seed"]]))
     values = [statistics.mean(pairs) for pairs in values.values()]
     if len(values) < 2:
-        return values and values[0], None
+        return sum(values), None
     return statistics.mean(values), STUDENT[len(values) - 1] * statistics.stdev(values) / len(values)**0.5
 
 
@@ -109,11 +111,10 @@ def against(pairs, titles):
     return markdown([*titles, "accuracy, points", *(f"{key}, part" for key in LOSS), "step, part", "run, part"],
                     ([*cells, cell("{:+.1f}", paired(mine, others, "accuracy", lambda a, b: 100 * (a - b))),
                       *(cell("{:.2f}", paired(mine, others, key, part)) for key in LOSS),
-                      *(f"{mean(mine, key) / mean(others, key):.2f}" for key in ("ms a step", "run, s"))]
+                      *("{:.2f}".format(mean(mine, key) / mean(others, key)) if mine[0][key] else "-"
+                        for key in PRICE[:2])]
                      for cells, mine, others in pairs if mine and others))
 
-
-# ------------------------------------------------------------------------------------------------------ the study
 
 def arms_table(*studies):
     """Each arm of these studies at its chosen rate."""
@@ -127,8 +128,8 @@ def arms_table(*studies):
 def claim(rows):
     """Each arm against full+adamw, both at their chosen rates: intervals over bases."""
     full = best(rows, "full+adamw")
-    pairs = [((name, f"{mine[0]['lr']:g}"), mine, full) for name in ARMS if (mine := best(rows, name))]
-    return against([pair for pair in pairs if pair[0][0] != "full+adamw"], ["against full+adamw", "lr"])
+    return against([((name, f"{mine[0]['lr']:g}"), mine, full) for name in ALL if (mine := best(rows, name))],
+                   ["against full+adamw", "lr"])
 
 
 def same_rate(rows):
@@ -141,28 +142,15 @@ def same_rate(rows):
 
 def rates(rows):
     """Every arm at every rate, of seed 0; a choice looks at validation only."""
-    lines = [((name, f"{lr:g}", f"{mean(mine, 'domain_accuracy_validation'):.1%}"), mine) for name, arm in ARMS.items()
+    lines = [((name, f"{lr:g}", f"{mean(mine, 'domain_accuracy_validation'):.1%}"), mine) for name, arm in ALL.items()
              for lr in sweep.LADDER if (mine := at(select(rows, seed=0, **arm), lr))]
     return table(lines, ("arm", "lr", "accuracy, validation"), ("accuracy", *LOSS))
-
-
-def tolerances(rows):
-    """How far the claim hangs on the tolerance of the choice."""
-    found = []
-    for tolerance in (0.0, 0.01, 0.02, 0.03):
-        pairs = {}
-        for name in ("full+adamw", "tail+adamw", "anchor+adamw", "anchor+moclip", "KL to base"):
-            if mine := select(rows, seed=0, **ARMS[name]):
-                pairs[name] = at(mine, chosen(mine, tolerance))
-        found += [((f"{100 * tolerance:g}", name, f"{mine[0]['lr']:g}"), mine, pairs["full+adamw"])
-                  for name, mine in pairs.items() if name != "full+adamw" and "full+adamw" in pairs]
-    return against(found, ["tolerance, points", "arm", "lr"])
 
 
 def seeds(rows):
     """Both seeds of every arm at its chosen rate: what a second order of batches, sample and text changes."""
     lines = [((name, seed), [row for row in best(rows, name) if row["seed"] == seed])
-             for name in ARMS for seed in (0, 1)]
+             for name in ALL for seed in (0, 1)]
     return table(lines, ("arm", "seed"), ("accuracy", *LOSS))
 
 
@@ -171,8 +159,7 @@ def dials(rows):
     lines = [((dial, ", ".join(map(str, value.values()))),
               at(select(rows, base=0, seed=0, **{**ANCHOR, **value}), 1.2e-3))
              for dial, values in sweep.DIALS.items() for value in values]
-    return table(lines, ("dial", "value"), ("anchor_tokens_a_position", "anchor_bytes_a_position", "accuracy", *LOSS,
-                                            "ms a step"), ("tokens", "bytes", "accuracy", *LOSS, "ms a step"))
+    return table(lines, ("dial", "value"), ("tokens", "bytes", "accuracy", *LOSS, "ms a step"))
 
 
 def longer(rows):
@@ -183,39 +170,18 @@ def longer(rows):
     return table(lines, ("arm", "steps", "lr"), ("accuracy", *LOSS, "run, s"))
 
 
-def tau(rows):
-    """The paper's loss needs a large tau, the tail does not."""
-    lines = [((f"{name}+adamw", tau), at(select(rows, seed=0, method=f"{name}+adamw", tau=tau), 8e-4))
-             for tau in (0.9, 0.99) for name in ("replay", "tail")]
-    return table(lines, ("arm", "tau"), ("accuracy", *LOSS, "outside mass", "subset_size_mean"),
-                 ("accuracy", *LOSS, "outside mass", "tokens"))
+def price(rows):
+    """More of the anchor than by default, at three rates: what it keeps against what it costs in accuracy."""
+    lines = [((mine[0]["anchor_weight"], mine[0]["anchor_step"], f"{lr:g}"), mine)
+             for more in ({}, *sweep.PRICES) for lr in (1.2e-3, 1.6e-3, 2.4e-3)
+             if (mine := at(select(rows, seed=0, **{**ANCHOR, **more}), lr))]
+    return table(lines, ("weight", "windows a step", "lr"), ("accuracy", *LOSS, "ms a step"))
 
 
-def record(rows):
-    """What a record adds to the tail: plain sampled softmax against it."""
-    lines = [((name,), at(select(rows, seed=0, **{**TAIL, "variant": variant}), 8e-4))
-             for name, variant in (("gold only, no Stage 0", "gold only"), ("tau = 0.9", ""))]
-    return table(lines, ("recorded",), ("accuracy", "domain NLL", *LOSS, "outside mass"))
-
-
-def cap(rows):
-    lines = [((f"{cap:g}°",), at(select(rows, seed=0, method="tail+moclip", max_angle=cap), 8e-4))
-             for cap in (60.0, 90.0, 180.0)]
-    return table(lines, ("cap of tail+moclip",), ("accuracy", "domain NLL", *LOSS, "clipped"))
-
-
-def drift(rows):
-    """THEORY.md R7: the outside mass at the start, at its highest and at the end; lr 8e-4, mean over bases."""
-    lines = []
-    for tau, losses in ((0.9, ("full", "replay", "tail", "anchor")), (0.99, ("replay", "tail"))):
-        for loss in losses:
-            logs = [row["outside_mass_log"] for row in at(select(rows, method=f"{loss}+adamw", tau=tau, seed=0), 8e-4)]
-            if logs:
-                masses = [statistics.mean(points) for points in zip(*([mass for _, mass in log] for log in logs))]
-                top = masses.index(max(masses))
-                lines.append((tau, f"{loss}+adamw", f"{masses[0]:.3f}", f"{masses[top]:.3f}", logs[0][top][0],
-                              f"{masses[-1]:.3f}"))
-    return markdown(["tau", "training", "at the start", "highest", "at step", "at the end"], lines)
+def fixed(title, settings, *measures):
+    """These settings, of three bases and one seed, at the rate of 8e-4."""
+    return lambda rows: table([((name,), at(select(rows, seed=0, **mine), 8e-4)) for name, mine in settings.items()],
+                              [title], ["accuracy", "domain NLL", *LOSS, *measures])
 
 
 def bases(_):
@@ -223,8 +189,6 @@ def bases(_):
               f"{row['general_nll_test']:.3f}", f"{row['other_nll_test']:.3f}") for row in sweep.load()["bases"]]
     return markdown(["base seed", "fingerprint", "parameters", "domain NLL", "NLL of prose", "of other SQL"], lines)
 
-
-# ----------------------------------------------------------------------------------------------------- other results
 
 def result(name):
     return json.loads((sweep.RESULTS.parent / f"{name}.json").read_text())
@@ -244,27 +208,38 @@ def speed(_):
 
 
 def pretrained(domain):
-    """SmolLM2: an arm at a rate is a line, ± over seeds."""
+    """A pretrained model, ± over seeds; "-": an earlier script did not measure it. Of equal runs the newest counts."""
+    keys = {"domain_accuracy": "accuracy", "domain_nll": "domain NLL", "forgetting": "prose lost",
+            "forgetting_sql": "SQL lost", "chat_kl": "chat KL", "chat_same": "chat same", "step_ms": "ms a step"}
+    earlier = {"anchor_text": "given", "anchor_step": 3, "anchor_weight": 1}  # what an earlier script did
+
     def build(_):
-        arms = collections.defaultdict(list)
+        arms = collections.defaultdict(dict)
         for study in result("pretrained"):
-            config = study["config"]
+            config = earlier | study["config"]
             for run in study["runs"]:
                 if config.get("domain") == domain and run["method"] != "base":
                     name = ", ".join(filter(None, (run["method"], config["variant"])))
-                    arms[name, float(config["lr"])].append(
-                        {**run, "accuracy": run["domain_accuracy"], "domain NLL": run["domain_nll"],
-                         "prose lost": run["forgetting"]})
-        return table([((name, f"{lr:g}", len(runs)), runs) for (name, lr), runs in sorted(arms.items())],
-                     ("arm", "lr", "seeds"), ("accuracy", "domain NLL", "prose lost"))
+                    if run["method"].startswith("anchor") or config["variant"] in sweep.rivals.ON_TEXT:
+                        name += ", {anchor_text} text, {anchor_step} a step, weight {anchor_weight}".format_map(config)
+                    record = "-" if name.startswith("full") else "{tau}, {tail}".format_map(config)
+                    arms[name, record, float(config["lr"])][run["seed"]] = {
+                        **run, **{new: run[old] for old, new in keys.items() if old in run}}
+        return table([((*arm, len(runs)), list(runs.values())) for arm, runs in sorted(arms.items())],
+                     ("arm", "tau, tail", "lr", "seeds"), list(keys.values()))
     return build
 
 
-TABLES = {"main": arms_table("main", "moclip"), "rivals": arms_table("rivals"),
-          "texts": arms_table("texts", "full+anchor"), "claim": claim, "same rate": same_rate, "rates": rates,
-          "tolerances": tolerances, "seeds": seeds, "dials": dials, "longer": longer, "tau": tau, "record": record,
-          "cap": cap, "drift": drift, "bases": bases, "first run": first_run, "speed": speed,
-          "pretrained": pretrained("sql"), "calls": pretrained("calls")}
+TABLES = {"main": arms_table("main", "moclip"), "rivals": arms_table("rivals"), "claim": claim, "rates": rates,
+          "texts": arms_table("texts", "full+anchor"), "same rate": same_rate, "seeds": seeds, "dials": dials,
+          "price": price, "longer": longer, "bases": bases, "first run": first_run, "speed": speed,
+          "pretrained": pretrained("sql"), "calls": pretrained("calls"),
+          "tau": fixed("arm", {f"{arm['method']}, tau = {tau}": {**arm, "tau": tau} for tau in (0.9, 0.99)
+                               for arm in (ALL["replay+adamw"], TAIL)}, "outside mass", "tokens recorded"),
+          "record": fixed("recorded, tail+adamw", {"gold only, no Stage 0": {**TAIL, "variant": "gold only"},
+                                                   "tau = 0.9": TAIL}, "outside mass"),
+          "cap": fixed("tail+moclip", {f"cap {cap:g}°": {**ALL["tail+moclip"], "max_angle": cap}
+                                       for cap in (60.0, 90.0, 180.0)}, "clipped")}
 
 
 def fill(text, rows):

@@ -27,8 +27,6 @@ def drawn(c):
     return torch.randperm(len(c.text), generator=c.generator, device=c.generator.device)[:c.args.anchor_step]
 
 
-# ------------------------------------------------------------------------------------------------- with no text at all
-
 class LowRank(nn.Module):
     """W + B A, W frozen, B (out, rank) zero at first: LoRA (arXiv:2106.09685) with alpha = rank, so a scaling of 1."""
 
@@ -66,63 +64,59 @@ def l2_sp(strength):
     return build
 
 
-def large_eps(eps):
-    """AdamW whose eps (1e-8 by default) takes the normalization off coordinates with gradients below it."""
-    return lambda c: (None, torch.optim.AdamW(c.model.parameters(), c.args.lr, eps=eps, weight_decay=0.0))
+def large_eps(c):
+    """AdamW with eps = 1e-4 (default 1e-8): it takes the normalization off coordinates with gradients below it."""
+    return None, torch.optim.AdamW(c.model.parameters(), c.args.lr, eps=1e-4, weight_decay=0.0)
 
 
-# ------------------------------------------------------------------------------------------------------------ with text
+def beside(c, loss, extra):
+    """L + weight * extra(head)."""
+    return lambda hidden, head, *inputs: loss(hidden, head, *inputs) + c.args.anchor_weight * extra(head), None
+
 
 def kl_to_base(c):
     """L + weight * KL(base, model) on the anchor's windows: both softmaxes dense, the base runs at every step."""
-    score = own(c)
-
-    def constrained(hidden, head, *inputs):
-        tokens = c.text[drawn(c), :-1].to(hidden.device)
+    def kl(head):
+        tokens = c.text[drawn(c), :-1].to(head.device)
         with torch.no_grad():
             said = (c.base(tokens) @ c.base.embedding.weight.T).log_softmax(-1).flatten(0, 1)
         says = (c.model(tokens) @ head.T).log_softmax(-1).flatten(0, 1)
-        kl = F.kl_div(says, said, reduction="batchmean", log_target=True)
-        return score(hidden, head, *inputs) + c.args.anchor_weight * kl
-    return constrained, None
+        return F.kl_div(says, said, reduction="batchmean", log_target=True)
+    return beside(c, own(c), kl)
+
+
+def plain(c, head, text):
+    """Cross-entropy on all tokens of the text (B, T + 1)."""
+    text = text.to(head.device)
+    return F.linear_cross_entropy(c.model(text[:, :-1]).flatten(0, 1), head, text[:, 1:].flatten())
 
 
 def own_tokens(c):
     """L + weight * (cross-entropy on the windows' tokens, without their logits). Its expected gradient is the KL's."""
-    score = own(c)
-
-    def with_tokens(hidden, head, *inputs):
-        text = c.text[drawn(c)].to(hidden.device)
-        plain = F.linear_cross_entropy(c.model(text[:, :-1]).flatten(0, 1), head, text[:, 1:].flatten())
-        return score(hidden, head, *inputs) + c.args.anchor_weight * plain
-    return with_tokens, None
+    return beside(c, own(c), lambda head: plain(c, head, c.text[drawn(c)]))
 
 
 def mixed(c):
     """New windows of what the base was pretrained on, prose and SQL in turn, as further examples of the batch."""
-    score = own(c)
-    windows = script.batches(c.data.streams[:2], dict(batch=c.args.anchor_step, seed=c.args.seed), c.data.context)
+    score, T = own(c), c.data.context
+    windows = script.batches(c.data.streams[:2], dict(batch=c.args.anchor_step, seed=c.args.seed), T)
 
     def with_text(hidden, head, *inputs):
-        text = next(windows).to(hidden.device)
-        general = F.linear_cross_entropy(c.model(text[:, :-1]).flatten(0, 1), head, text[:, 1:].flatten())
-        share = text[:, 1:].numel() / (text[:, 1:].numel() + len(hidden))  # of the positions of the step
-        return (1 - share) * score(hidden, head, *inputs) + share * general
+        text = next(windows)
+        share = T * len(text) / (T * len(text) + len(hidden))  # of the positions of the step
+        return (1 - share) * score(hidden, head, *inputs) + share * plain(c, head, text)
     return with_text, None
 
-
-# ------------------------------------------------------------------------------------------------ a part of ours alone
 
 def full_softmax(c):
     """The anchor beside the full softmax, in place of the tail's loss."""
     T = c.anchor.tokens.shape[1]
 
-    def score(hidden, head, gold, rows):
+    def said(head):
         w = drawn(c)
         record = c.anchor.record.select(T * w[:, None] + torch.arange(T, device=w.device))
-        said = script.linear_replay_kl_div(c.model(c.anchor.tokens[w]).flatten(0, 1), head, record)
-        return F.linear_cross_entropy(hidden, head, gold) + c.args.anchor_weight * said
-    return score, None
+        return script.linear_replay_kl_div(c.model(c.anchor.tokens[w]).flatten(0, 1), head, record)
+    return beside(c, lambda hidden, head, gold, rows: F.linear_cross_entropy(hidden, head, gold), said)
 
 
 def gold_only(c):
@@ -136,8 +130,8 @@ def gold_only(c):
 
 
 VARIANTS = {"": lambda c: (None, None),
-            **{f"LoRA {rank}": lora(rank) for rank in (8, 16, 32)},
+            **{f"LoRA {rank}": lora(rank) for rank in (8, 32)},
             **{f"L2-SP {strength:g}": l2_sp(strength) for strength in (1e-3, 1e-2)},
-            "eps 0.0001": large_eps(1e-4), "KL to base": kl_to_base, "own tokens": own_tokens, "mixed": mixed,
+            "eps 0.0001": large_eps, "KL to base": kl_to_base, "own tokens": own_tokens, "mixed": mixed,
             "full softmax": full_softmax, "gold only": gold_only}
 """name -> function of `c`; "" is the method itself."""

@@ -1,18 +1,19 @@
 """What does it cost? Time and memory as ratios, measured side by side in one run: README's sentences about speed.
 
-    python -m experiments.speed [--device cuda] [--only head anchor recording optimizer training]
+    python -m experiments.speed [--device cuda] [--only head anchor recording training]
 
 prints one table, and writes it to experiments/results/speed.json; ten minutes on 2 cores, if nothing else runs there.
 Things that are compared take turns, so that a noisy machine slows all of them; a figure is the median over the turns.
-Peak memory is measured in a process of its own. "training" takes base 0 of the study from runs/, or pretrains it.
+Peak memory is measured in a process of its own. "training", always on the CPU, takes base 0 of the study from runs/,
+or pretrains it; its times of the arms are those of report.py's tables.
 """
 
 import argparse
-import copy
 import json
 import multiprocessing
 import platform
 import statistics
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,12 +22,9 @@ import torch.nn.functional as F
 
 from experiments import sweep
 from experiments.sweep import script
-from logits_replay import (ReplayRecord, linear_replay_cross_entropy, linear_replay_kl_div, record_topk, sample_tail,
-                           write_atomically)
-from moclip import MoClip
+from logits_replay import ReplayRecord, linear_replay_cross_entropy, linear_replay_kl_div, record_topk, sample_tail
 
-RESULTS = sweep.RESULTS.with_name("speed.json")
-rows = []
+RESULTS, rows = sweep.RESULTS.with_name("speed.json"), []
 
 
 def report(what, value, target="", **details):
@@ -45,8 +43,6 @@ def medians(device, turns, **functions):
     return {name: statistics.median(t[1:]) for name, t in times.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------- the losses
-
 def head(device, N=2048, d=256, V=50304, size=32):
     """Hidden states, head, targets and a record of `size` tokens a row, ids Zipf-distributed (exponent 1)."""
     generator = torch.Generator().manual_seed(0)
@@ -55,7 +51,7 @@ def head(device, N=2048, d=256, V=50304, size=32):
     y = zipf((N,))
     ids = [sorted(list(dict.fromkeys([gold, *zipf((4 * size,)).tolist()]))[:size]) for gold in y.tolist()]
     offsets = torch.tensor([0, *map(len, ids)]).cumsum(0)
-    ids = torch.tensor(sum(ids, []), dtype=torch.int32)
+    ids = torch.tensor([i for row in ids for i in row], dtype=torch.int32)
     log_probs = torch.full((len(ids),), 0.5 / size).log()  # half of the probability, evenly
     record = ReplayRecord(ids, offsets, torch.full((N,), 0.5), V, 0.5, log_probs)
     return h.to(device).requires_grad_(), W.to(device).requires_grad_(), y.to(device), record.to(device)
@@ -123,8 +119,6 @@ def measure_anchor(device):
            f"{t['dense'] / t['anchor']:.1f}x", ">= 10x", seconds=t)
 
 
-# ---------------------------------------------------------------------------------------------------------- recording
-
 def measure_recording(device, N=1024, V=50304):
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(V, (N,), generator=generator).to(device)
@@ -142,96 +136,62 @@ def measure_recording(device, N=1024, V=50304):
                ">= 5x; <= 2x" * (name == "confident"), seconds=t)
 
 
-# ---------------------------------------------------------------------------------------------------------- optimizer
-
-def measure_optimizer(device):
-    compact = [torch.nn.Parameter(p.detach().to(device)) for p in script.Model().parameters()]
-    large = [torch.nn.Parameter(torch.randn(1000, 1000, device=device)) for _ in range(100)]
-    for name, params, turns in (("the compact model", compact, 25), ("100 tensors of 1M", large, 5)):
-        for p in params:
-            p.grad = torch.randn_like(p)
-        t = medians(device, turns, moclip=MoClip(params, 1e-9).step,
-                    adamw=torch.optim.AdamW(params, 1e-9, foreach=True).step)
-        report(f"MoClip.step, {name}: times AdamW(foreach=True)", f"{t['moclip'] / t['adamw']:.2f}x", "<= 1.5x",
-               seconds=t)
-
-
-# ----------------------------------------------------------------------------------------------------------- training
-
-def watched(score, device, head_ms):
+def watched(score, head_ms):
     """The loss with a stopwatch: milliseconds from its forward pass until its gradient reaches the hidden states."""
     def timed(hidden, *inputs):
-        start = script.clock(device)
-        hidden.register_hook(lambda _: head_ms.append(1e3 * (script.clock(device) - start)))
+        start = time.perf_counter()
+        hidden.register_hook(lambda _: head_ms.append(1e3 * (time.perf_counter() - start)))
         return score(hidden, *inputs)
     return timed
 
 
-def steps(model, methods, data, record, anchor, batch, device):
-    """{method: (ms a step, ms in the head)}: the methods take turns of 20 steps of 32 examples, or as many examples."""
-    found = {method: [] for method in methods}
-    args = SimpleNamespace(**{**sweep.DEFAULT, "lr": 1e-9, "steps": max(4, 20 * 32 // batch), "batch": batch})
-    for _ in range(3):
-        for method in methods:
-            generator, head_ms = torch.Generator(device).manual_seed(0), []
-            score = watched(script.scorer(method, record, args, generator, model, anchor), device, head_ms)
-            out = script.finetune(model, method, data, record, lambda *_: 0.0, args, 0, device, anchor, score)
-            found[method].append((out["step_ms"], statistics.median(head_ms)))
-    return {method: tuple(map(statistics.median, zip(*turns))) for method, turns in found.items()}
-
-
-def measure_training(device):
-    """The default run of train_small.py, in batches of 32 and 128, and at larger vocabularies, which only add rows."""
-    base, s = sweep.prepared(0), SimpleNamespace(**sweep.DEFAULT)
-    data, size, state = base.data, script.Size(), base.model.state_dict()
-    base.model.to(device)
-    text = sweep.windows(base, s)
-    record = script.stage0(base.model, *data.domain_train, s.tau, device)
-    anchor = sweep.recorded(base, text, s)
-    stage0 = medians(device, 2, domain=lambda: script.stage0(base.model, *data.domain_train, s.tau, device),
-                     writing=lambda: sweep.windows(base, s), recording=lambda: sweep.recorded(base, text, s))
-    for what, mine in (("record of the domain", record), ("record of the anchor", anchor.record)):
-        report(f"{what}, bytes a position (float32 logits: {4 * size.vocab_size})", f"{script.record_bytes(mine):.0f}")
-    report("Stage 0 of the default run, s: the domain's record; the anchor's text, and its record",
-           "{domain:.1f}; {writing:.1f}, {recording:.1f}".format(**stage0), seconds=stage0)
-    stage0 = {"full": 0.0, "tail": stage0["domain"], "anchor": sum(stage0.values())}
-    methods = [f"{loss}+{optimizer}" for optimizer in ("adamw", "moclip") for loss in ("full", "tail", "anchor")]
-    aims = {("tail+adamw", 200): "<= 0.6; <= 0.75", ("anchor+adamw", 200): "<= 0.75; <= 1",
-            ("anchor+adamw", 400): "<= 0.75; <= 0.85"}
-    for batch, lengths in ((32, (200, 400)), (128, (100,))):
-        ms = steps(copy.deepcopy(base.model), methods, data.domain_train, record, anchor, batch, device)
-        full = ms["full+adamw"][0]
-        for method in methods[1:]:
-            for n in lengths:
-                whole = ms[method][0] + 1e3 * stage0[method.split("+")[0]] / n
-                report(f"{method}, {n} steps of {batch}: a step, part of full+adamw's; the run with all of Stage 0",
-                       f"{ms[method][0] / full:.2f}; {whole / full:.2f}", aims.get((method, n), ""), milliseconds=ms)
+def measure_training(_):
+    """Every arm of the study on the default model, in turns of 20 steps; and the default run's whole Stage 0."""
+    base = sweep.prepared(0)
+    more = {f"anchor+adamw, windows a step: {n}": dict(sweep.ANCHOR, anchor_step=n) for n in (1, 4)}
+    arms = [{"name": name, "settings": arm, "turns": []} for name, arm in {**sweep.ALL, **more}.items()]
+    for arm in 3 * arms:
+        s = SimpleNamespace(**{**sweep.DEFAULT, "lr": 1e-9, "steps": 20, **arm["settings"]})
+        _, out = sweep.train(base, s)
+        arm["turns"].append(out["step_ms"])
+        arm |= {"step_ms": statistics.median(arm["turns"]), "stage0_s": out["stage0_s"]}
+    full = arms[0]["step_ms"]
+    aims = {"tail+adamw": "<= 0.6; <= 0.75; ", "anchor+adamw": "<= 0.75; <= 1; <= 0.85"}
+    for arm in arms:
+        runs = (arm["step_ms"] / full + 1e3 * arm["stage0_s"] / (n * full) for n in (200, 400))
+        report(f"{arm['name']}: part of full+adamw's step; of its 200 steps, all of Stage 0 counted; of its 400",
+               "; ".join(f"{part:.2f}" for part in (arm["step_ms"] / full, *runs)), aims.get(arm["name"], ""))
+    report("Stage 0, s: the domain's record for the tail; the same, the anchor's text and its record",
+           "; ".join(f"{arms[i]['stage0_s']:.1f}" for i in (1, 3)), arms=arms)
     for factor in (1, 2, 4):
-        measure_share(device, data, record, state, size._replace(vocab_size=factor * size.vocab_size))
+        measure_share(base, base.stored[sweep.DEFAULT["tau"]][0], factor)
 
 
-def measure_share(device, data, record, state, size):
-    """R8 at a vocabulary: the share of the operations that the head has, and what of a step the tail saves."""
-    V, (tokens, targets) = size.vocab_size, data.domain_train
-    weight = torch.zeros(V, size.width)
-    weight[:len(state["embedding.weight"])] = state["embedding.weight"]
-    model = script.Model(size)
-    model.load_state_dict({**state, "embedding.weight": weight})
+def measure_share(base, record, factor):
+    """R8 at a vocabulary `factor` times as large: what of the head's time and of a step's a tail saves."""
+    (tokens, targets), state = base.data.domain_train, base.model.state_dict()
+    size = script.Size()._replace(vocab_size=factor * record.vocab_size)
+    V, model = size.vocab_size, script.Model(size)
+    added = torch.zeros(V - record.vocab_size, size.width)  # rows of the head: tokens that are never gold
+    model.load_state_dict({**state, "embedding.weight": torch.cat([state["embedding.weight"], added])})
     record = ReplayRecord(record.token_ids, record.offsets, record.outside_mass, V, record.tau)  # the same subsets
-    ms = steps(model.to(device), ("full+adamw", "tail+adamw"), data.domain_train, record, None, 32, device)
-    (full, full_head), (tail, tail_head) = ms["full+adamw"], ms["tail+adamw"]
+    s, found = SimpleNamespace(**{**sweep.DEFAULT, "lr": 1e-9, "steps": 20}), {"full+adamw": [], "tail+adamw": []}
+    for method in 3 * list(found):
+        head_ms = []
+        score = watched(script.scorer(method, record, s, torch.Generator().manual_seed(0)), head_ms)
+        out = script.finetune(model, method, (tokens, targets), record, lambda *_: 0.0, s, 0, sweep.CPU, None, score)
+        found[method].append((statistics.median(head_ms), out["step_ms"]))
+    full, tail = (tuple(map(statistics.median, zip(*turns))) for turns in found.values())
+    head, step = (1 - b / a for a, b in zip(full, tail))
     # operations: the head sees the scored positions only, the body also the prompts before them
     scored, prompts = (targets != script.IGNORE).sum().item(), (targets != script.IGNORE).int().argmax(1).sum().item()
-    work = scored * V * size.width
-    share = work / (work + (prompts + scored) * (sum(p.numel() for p in model.parameters()) - V * size.width))
-    report(f"tail+adamw, V = {V}: the head's share of the operations; its time, part of the dense head's",
-           f"{share:.0%}; {tail_head / full_head:.2f}", "; <= 0.35", milliseconds=ms)
-    report(f"tail+adamw, V = {V}: saved of a step; R8 predicts", f"{1 - tail / full:.0%}; "
-           f"{share * (1 - tail_head / full_head):.0%}")
+    work, body = scored * V * size.width, sum(p.numel() for p in model.parameters()) - V * size.width
+    predicted = head * work / (work + (prompts + scored) * body)
+    report(f"tail+adamw, V = {V}: saved of the head's time; of a step's; by R8",
+           f"{head:.0%}; {step:.0%}; {predicted:.0%}", ">= 65%", milliseconds=found)
 
 
-MEASURES = {"head": measure_head, "anchor": measure_anchor, "recording": measure_recording,
-            "optimizer": measure_optimizer, "training": measure_training}
+MEASURES = dict(head=measure_head, anchor=measure_anchor, recording=measure_recording, training=measure_training)
 
 
 def main():
@@ -242,10 +202,9 @@ def main():
     print("| what | measured | aim |\n|---|---|---|")
     for name in args.only:
         MEASURES[name](args.device)
-    kind = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    found = {"device": torch.cuda.get_device_name() if args.device.type == "cuda" else kind,
+    found = {"device": f"{args.device}, {platform.machine()}, {torch.get_num_threads()} threads",
              "torch": torch.__version__, "rows": rows}
-    write_atomically(RESULTS, lambda file: file.write((json.dumps(found, indent=1) + "\n").encode()))
+    script.write_atomically(RESULTS, lambda file: file.write((json.dumps(found, indent=1) + "\n").encode()))
 
 
 if __name__ == "__main__":

@@ -40,10 +40,10 @@ ARMS = {
     "moclip": {method: dict(method=method) for method in ("anchor+moclip", "full+moclip", "tail+moclip")},
     "rivals": {variant: dict(FULL, variant=variant) for variant in
                ("LoRA 8", "LoRA 32", "L2-SP 0.001", "L2-SP 0.01", "eps 0.0001", "KL to base", "mixed", "own tokens")},
-    "texts": {"anchor+adamw, given text": dict(ANCHOR, text="given"),
-              "anchor+adamw, both texts": dict(ANCHOR, text="both")},
+    "texts": {f"anchor+adamw, {text}": dict(ANCHOR, text=text.split()[0]) for text in ("given text", "both texts")},
     "full+anchor": {"anchor+adamw, full softmax": dict(ANCHOR, variant="full softmax")}}
 """study -> arm -> its settings, but for base, seed and learning rate."""
+ALL = {name: arm for arms in ARMS.values() for name, arm in arms.items()}
 DIALS = {
     "tau, max_size": [dict(anchor_tau=tau, anchor_size=size)
                       for tau, size in ((0.5, None), (0.9, 16), (0.98, 16), (0.98, 32), (0.999, 64))],
@@ -55,8 +55,6 @@ DIALS = {
 """dial -> its values, for anchor+adamw on base 0, one at a time."""
 LONGER = [*(dict(steps=steps) for steps in (100, 200, 400, 800)), dict(lr=2.4e-3)]
 """Does forgetting stay put? For full+adamw, tail+adamw and anchor+adamw on base 0."""
-
-
 PRICES = [dict(anchor_weight=0.5), dict(anchor_weight=1.0), dict(anchor_weight=1.0, anchor_step=1)]
 """More of the anchor than by default, on three bases: what it keeps against what it costs in accuracy."""
 
@@ -66,13 +64,11 @@ def studies(rows):
     def runs(arms, lrs=RATES, bases=BASES, **settings):  # the first varies slowest: all bases early
         return [{**DEFAULT, **arm, "base": base, "lr": lr, **settings} for base in bases for lr in lrs for arm in arms]
 
-    arms = {name: arm for study in ARMS.values() for name, arm in study.items()}
-    grids = {study: [run for name, arm in mine.items() for run in runs([arm], LARGE if "LoRA" in name else RATES)]
-             for study, mine in ARMS.items()}
-    tried = {name: mine for name, arm in arms.items() if (mine := select(rows, **arm))}
-    return {**grids,
-            "edges": [run for name, mine in tried.items() for run in runs([arms[name]], beyond(mine))],
-            "seed 1": [run for name, mine in tried.items() for run in runs([arms[name]], [chosen(mine)], seed=1)],
+    tried = [(arm, mine) for arm in ALL.values() if (mine := select(rows, **arm))]
+    return {**{study: [run for name, arm in mine.items() for run in runs([arm], LARGE if "LoRA" in name else RATES)]
+               for study, mine in ARMS.items()},
+            "edges": [run for arm, mine in tried for run in runs([arm], beyond(mine))],
+            "seed 1": [run for arm, mine in tried for run in runs([arm], [chosen(mine)], seed=1)],
             "dials": [run for values in DIALS.values() for value in values
                       for run in runs([ANCHOR], [1.2e-3], [0], **value)],
             "longer": [run for value in LONGER for run in runs([ANCHOR, FULL, TAIL], [1.2e-3], [0], **value)],
@@ -116,8 +112,8 @@ def beyond(rows):
     """The rates that are still to be tried: none, or the neighbour of the best one if that lies at the edge."""
     found = by_rate(rows)
     tried, best = sorted(found), max(found, key=found.get)
-    lower, higher = ([lr for lr in LADDER if lr < tried[0]][-1:], [lr for lr in LADDER if lr > tried[-1]][:1])
-    return lower if best == tried[0] else higher if best == tried[-1] else []
+    return ([lr for lr in LADDER if lr < best][-1:] if best == tried[0] else
+            [lr for lr in LADDER if lr > best][:1] if best == tried[-1] else [])
 
 
 # ------------------------------------------------------------------------------------------------------------ a run
@@ -170,17 +166,16 @@ def recorded(base, text, s):
 
 def stage0(base, s):
     """(record, text, anchor, what it took): all that Stage 0 makes; an arm pays for what it needs."""
-    make = lambda: script.stage0(base.model, *base.data.domain_train, s.tau, CPU)
-    record, seconds = stored(base, ("record", s.tau), make)  # the outside mass is measured on it for every arm
+    # the outside mass is measured on the domain's record for every arm
+    record, seconds = stored(base, s.tau, lambda: script.stage0(base.model, *base.data.domain_train, s.tau, CPU))
     needed = not s.method.startswith("full") and s.variant not in ("full softmax", "gold only")
     cost = {"stage0_s": seconds * needed, "record_bytes": len(record) * script.record_bytes(record) * needed}
-    text, anchor = None, None
+    text, anchor, key = None, None, (s.text, s.windows, s.seed)
     if s.method.startswith("anchor") or s.variant in rivals.ON_TEXT:
-        key = s.text, s.windows, s.seed
-        text, seconds = stored(base, ("text", *key), lambda: windows(base, s))
+        text, seconds = stored(base, key, lambda: windows(base, s))
         cost["stage0_s"] += seconds
     if s.method.startswith("anchor"):
-        key = "anchor", *key, s.anchor_tau, s.anchor_size, s.anchor_gold
+        key = *key, s.anchor_tau, s.anchor_size, s.anchor_gold
         anchor, seconds = stored(base, key, lambda: recorded(base, text, s))
         sizes, width = anchor.record.subset_sizes, script.record_bytes(anchor.record)
         cost["stage0_s"] += seconds
@@ -197,10 +192,8 @@ def measured(model, data):
             for measure, value in script.evaluate(model, data, CPU, part).items() if measure != "samples"}
 
 
-def run(settings):
-    """One fine-tuning run; returns its row: the settings, the base's fingerprint, and what was measured."""
-    s, start = SimpleNamespace(**settings), time.perf_counter()
-    base = prepared(s.base)
+def train(base, s):
+    """(fine-tuned model, what training and Stage 0 took)."""
     data, model = base.data, copy.deepcopy(base.model)
     record, text, anchor, cost = stage0(base, s)
     c = SimpleNamespace(model=model, base=base.model, data=data, record=record, anchor=anchor, text=text, args=s,
@@ -208,13 +201,15 @@ def run(settings):
     score, optimizer = rivals.VARIANTS[s.variant](c)
     probe = script.outside_mass_probe(*data.domain_train, CPU)
     out = script.finetune(model, s.method, data.domain_train, record, probe, s, s.seed, CPU, anchor, score, optimizer)
-    out |= cost | measured(model, data)
-    out["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return model, out | cost | {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+
+
+def run(settings):
+    """One run's row: the settings, the base's fingerprint, and what was measured."""
+    base, start = prepared(settings["base"]), time.perf_counter()
+    model, out = train(base, SimpleNamespace(**settings))
+    out |= measured(model, base.data)
     return {**settings, "fingerprint": base.fingerprint, **out, "seconds": time.perf_counter() - start}
-
-
-def one_thread():
-    torch.set_num_threads(1)
 
 
 def load():
@@ -222,9 +217,8 @@ def load():
 
 
 def main():
-    names = list(studies([]))
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STUDY", help=", ".join(names))
+    parser, names = argparse.ArgumentParser(description=__doc__.split("\n")[0]), list(studies([]))
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--bases", nargs="+", type=int, choices=BASES, default=BASES, help="to run some first")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     args = parser.parse_args()
@@ -244,7 +238,7 @@ def main():
             done["bases"].append({"base": seed, "fingerprint": base.fingerprint, **measured(base.model, base.data),
                                   "parameters": sum(p.numel() for p in base.model.parameters())})
             keep()
-    with multiprocessing.get_context("spawn").Pool(args.workers, one_thread) as pool:
+    with multiprocessing.get_context("spawn").Pool(args.workers, torch.set_num_threads, (1,)) as pool:
         for study in args.only:
             while True:  # "edges" asks again
                 finished = [settings_of(row) for row in done["runs"]]
