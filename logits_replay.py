@@ -37,6 +37,8 @@ The definition in four lines, and what `record_topk` and `replay_cross_entropy` 
 >>> record = record_topk(z, torch.tensor(y), tau)                        # Stage 0
 >>> S, record.token_ids.tolist(), torch.allclose(loss, replay_cross_entropy(z, torch.tensor(y), record))     # Stage 1
 ([0, 2, 9], [0, 2, 9], True)
+
+Losses are in nats, in float32 at least, on CPU or CUDA. Bad input is a ValueError that names argument, row and rule.
 """
 
 from __future__ import annotations
@@ -65,10 +67,12 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
 
     p_(k) is the k-th in rank: by probability, descending, equal ones by id, ascending, so S_t is unique. p is the
     float32 softmax (float64 for float64 logits), the running sum float64; all V tokens if it never reaches tau.
+
     logits: (..., V), finite, of any float dtype.   target: (...), integers in [0, V) or ignore_index (an empty row).
     max_size: an explicit cap on |S_t|, gold included.   keep_log_probs: keep log p of S_t, too; the anchor needs it.
     Source: arXiv:2510.09152, abstract (Stage 0). Ties, arithmetic and max_size are this project's decisions.
     """
+    _require(0 < tau <= 1, f"tau must lie in (0, 1], got {tau}")
     _require(max_size is None or max_size >= 1, f"max_size must be at least 1, got {max_size}")
     flat = _flat_logits(logits, target)
     (N, V), device, gold = flat.shape, flat.device, _flat_target(target, flat.shape[1], ignore_index)
@@ -210,6 +214,7 @@ def sample_tail(target: Tensor, vocab_size: int, size: int, *, ignore_index=-100
     P(j in R) w_j = 1: the sum of w_j exp z_j over R without S_t is an unbiased estimate of the sum of exp z_j over all
     that S_t leaves out (Horvitz and Thompson 1952; THEORY.md R9). The golds are always in R: training raises them at
     every position (shared parameters), and no heavy token may be left to chance. Draw a new one every step.
+
     size: >= 0; M0 or more takes all, with weight 1: the loss is `F.cross_entropy`.   generator: on any device.
     Source: this project, in the spirit of sampled softmax (Bengio and Senecal 2003) and of arXiv:2503.16870.
 
@@ -237,6 +242,7 @@ def replay_kl_div(logits: Tensor, record: ReplayRecord, *, reduction="mean") -> 
     Its gradient by the logits is q1 - q0 on S_t, 0 outside. (1 - rho_t) A_t is a part of the full KL, so a lower bound
     (THEORY.md R13), on the base's own text that of whole sequences (R14). It is blind to what moves in or out of S_t as
     a whole, so in a row of one token to all: take a large tau under a cap (.98, max_size=32), not a small tau.
+
     logits: (..., V), of the N positions of `record`; "mean" is over those whose row is not empty.
     Source: this project; the paper's summary mentions a "domain self-constraint" and does not say what it is. KL to the
     live base: arXiv:2412.15270; self-generated text: arXiv:2605.26097.
@@ -283,6 +289,7 @@ def outside_mass(logits: Tensor, record: ReplayRecord) -> Tensor:
 
 
 # ---------------------------------------------- a learner may stop here: below are the record, a fast path and checks
+
 INTEGERS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 DTYPES = {"token_ids": torch.int32, "offsets": torch.int64, "outside_mass": torch.float32, "log_probs": torch.float32}
 with warnings.catch_warnings():  # torch warns once that CSR tensors are in beta: here that is known
