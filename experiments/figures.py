@@ -41,9 +41,10 @@ def look(name):
 
 def frontier(plt):
     """Accuracy against forgetting, a point a rate, mean over bases; and forgetting against seconds, base 0."""
-    rows, arms = report.load(), [name for name in LOOKS if name != "replay+adamw"]  # that one is far below
+    rows = report.load()  # replay is far below
+    arms = [name for name in LOOKS if name != "replay+adamw" and select(rows, **sweep.ALL[name])]
     figure, panels = plt.subplot_mosaic("aa;bc", figsize=(WIDTH, 8.6), height_ratios=(3, 2))
-    for panel, key, names in (("a", "prose lost", arms), ("b", "SQL lost", [*arms[:4], "KL to base"])):
+    for panel, key, names in (("a", "prose lost", arms), ("b", "SQL lost", arms[:5])):
         axes = panels[panel]
         for name in names:
             mine = select(rows, seed=0, **sweep.ALL[name])
@@ -85,8 +86,7 @@ def mass(plt):
     for name in ("full+adamw", "replay+adamw", "tail+adamw", "anchor+adamw"):
         group = report.at(select(report.load(), seed=0, **sweep.ALL[name]), 8e-4)
         logs = torch.tensor([row["outside_mass_log"] for row in group])
-        if len(logs):
-            axes.plot(logs[0, :, 0], logs[:, :, 1].mean(0), **look(name))
+        axes.plot(logs[0, :, 0], logs[:, :, 1].mean(0), **look(name))
     axes.set(yscale="log", xlabel="step", ylabel="probability outside S")
     axes.grid(True)
     axes.legend()
