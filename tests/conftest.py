@@ -8,6 +8,7 @@ import os
 import torch
 from hypothesis import register_random, settings
 
+torch.set_num_threads(1)  # the tensors are small: a second thread waits more than it works
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("dev", deadline=None)
 settings.register_profile("thorough", max_examples=1000, deadline=None)
