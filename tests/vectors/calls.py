@@ -16,10 +16,12 @@ def lists(x):
 
 def reductions(loss, incoming, *names):
     """The value and the gradients of a loss in each reduction; `names`: their keys, with {} for the reduction."""
-    none, total, mean = loss("none", incoming), loss("sum", 1.0), loss("mean", 1.0)
+    none, total, mean = loss("none", incoming), loss("sum", -2.0), loss("mean", -2.0)
     values = {"loss_none": none[0], "loss_sum": total[0], "loss_mean": mean[0]}
-    for reduction, (_, *gradients) in (("sum", total), ("mean", mean), ("weighted", none)):
-        values |= {name.format(reduction): gradient for name, gradient in zip(names, gradients)}
+    # an incoming gradient of 1 would not show a port that ignores it; -1/2 takes -2 off again, exactly
+    for reduction, scale, (_, *gradients) in (("sum", -0.5, total), ("mean", -0.5, mean), ("weighted", 1, none)):
+        values |= {name.format(reduction): None if gradient is None else scale * np.asarray(gradient)
+                   for name, gradient in zip(names, gradients)}
     return values
 
 

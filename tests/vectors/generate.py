@@ -503,11 +503,11 @@ class Plain:
         return self.reference.outside_mass(logits.tolist(), token_ids)
 
     def reduced(self, losses, gradients, counted, reduction, incoming):
-        if reduction == "mean":
-            return self.reference.mean(losses, gradients, counted)
-        weights = [incoming] * len(losses) if reduction == "sum" else incoming.tolist()
-        value, gradients = self.reference.weighted_sum(losses, gradients, weights)
-        return losses if reduction == "none" else value, gradients
+        if reduction == "none":
+            return losses, self.reference.weighted_sum(losses, gradients, incoming.tolist())[1]
+        value, gradients = (self.reference.mean(losses, gradients, counted) if reduction == "mean" else
+                            self.reference.weighted_sum(losses, gradients, [1.0] * len(losses)))
+        return value, [[incoming * x for x in row] for row in gradients]
 
     def replay_cross_entropy(self, logits, target, token_ids, ignore_index, reduction, incoming, tail=((), ())):
         result = self.reference.replay_cross_entropy(logits.tolist(), target.tolist(), token_ids, ignore_index, tail)
