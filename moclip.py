@@ -60,8 +60,8 @@ def clip_angle(grad: Tensor, momentum: Tensor, max_angle: float) -> Tensor:
 
 def _rotation(grads, momenta, max_angle=math.pi, group=None):
     """(theta, A, B, keep), 0-dim, of g and m in pieces: lists of tensors, grads[k] shaped as momenta[k].
-    `angle_between` is theta, but 0 where the square of g or m is not a normal number of the dtype (1e-38 to 1e38 for
-    float32): there v = g^2 is lost, too. `clip_angle` is A g + B m; keep is 0 where the momentum restarts, else 1.
+    `angle_between` is theta, but 0 where the square of g or m, and with it v = g^2, is no normal number of the dtype
+    (1e-38 to 1e38 for float32), NaN where <g, m> overflows. `clip_angle` is A g + B m; keep is 0 at a restart, else 1.
     """
     # `sum` adds in pairs; torch's float32 dot products and norms of 10^8 entries are off by percents
     gm = _total(((g * m).sum() for g, m in zip(grads, momenta)), group)

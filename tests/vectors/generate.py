@@ -114,6 +114,8 @@ def recording_inputs():
          None, -100),
         ("many tokens are outside", [[-(j % 97) / 64 for j in range(200)]], [199], 0.25, None, -100),
         ("probabilities that are equal in half precision", [[0.0, 2.0**-16, -3.0]], [2], 0.1, None, -100),
+        ("refused: tau below 0", spread[:1], [3], -0.5, None, -100),
+        ("refused: a negative max_size", spread[:1], [3], 0.9, -1, -100),
     ]
     for name, logits, target, tau, max_size, ignore_index, *dtype in cases:
         assert "rounded" in name or dtype or clear(logits, tau), name
@@ -452,6 +454,8 @@ def anchor_inputs():
          None),
         ("refused: a record without log-probabilities", model, rows, None, None),
         ("refused: a row with fewer log-probabilities than tokens", model, rows, [[-1.0, -1.5], *log_p[1:]], None),
+        ("refused: a row with more log-probabilities than tokens", model, rows, [[*log_p[0], -9.0], *log_p[1:]], None),
+        ("refused: probabilities of a row that add up to 1.05", model, rows, [[-1.046875] * 3, *log_p[1:]], None),
     ]
     for name, logits, token_ids, log_probs, positions in cases:
         yield anchor_case(name, dict(logits=logits), len(logits), token_ids, log_probs, positions)
