@@ -418,66 +418,20 @@ def general_documents():
 
 
 # ------------------------------------------------------------------------------------------------------------ 6. domain
-# table -> column -> values: a list (text, first column is the row's name) or a range (numbers); and how people say it
-TELECOM = {
-    "site": {"name": [f"{a} {b}" for a in "North South East West Upper Lower Old New".split()
-                      for b in "Hill Bridge Park Gate Lake".split()],
-             "city": "Oslo Paris Berlin Madrid Rome Vienna London Athens Dublin Prague".split(),
-             "vendor": "Alpha Delta Gamma Sigma Omega".split(), "height": range(10, 90), "year": range(1995, 2025)},
-    "cell": {"code": [f"{a}{i}" for a in "ABCDEFGHJK" for i in range(10, 22)], "site": "site.name",
-             "band": "low middle high micro local shared".split(), "power": range(5, 80), "users": range(1, 400)},
-    "alarm": {"number": [f"X{i}" for i in range(100, 300)], "cell": "cell.code",
-              "kind": "power link clock heat fan door signal config".split(),
-              "severity": "minor major critical warning".split(), "hours": range(1, 72), "cost": range(100, 900)}}
-SPOKEN = {
-    "site": ["sites", "towers", "locations"], "cell": ["cells", "sectors", "carriers"],
-    "alarm": ["alarms", "faults", "incidents"], "city": ["city", "town"], "vendor": ["vendor", "supplier", "maker"],
-    "height": ["height", "elevation"], "year": ["year", "build date"], "band": ["band", "frequency"],
-    "power": ["power", "output"], "users": ["users", "load"], "kind": ["kind", "type", "category"],
-    "severity": ["severity", "level"], "hours": ["hours", "duration"], "cost": ["cost", "price"]}
-
-# questions => SQL; an indented line continues the one above. A single letter is a slot: t table, i its name column,
-# c = 'v' and u.e = 'w' text columns with a value, n a number column, x y numbers, k a small one, o an operator,
-# g an aggregate, s a sort order, f and j what a join needs. Upper case: the same as people say it.
-FORMS = """
-how many T are there | count all T | what is the number of T | give the total count of T |
-    tell me how many T we have | how many T do we run | number of T please => SELECT COUNT(*) FROM t
-how many T have C 'v' | count the T whose C is 'v' => SELECT COUNT(*) FROM t WHERE c = 'v'
-how many T have N O x | count T with a N O x => SELECT COUNT(*) FROM t WHERE n o x
-which T have C 'v' | list T where the C is 'v' => SELECT i FROM t WHERE c = 'v'
-which T have a C other than 'v' | list T whose C is not 'v' => SELECT i FROM t WHERE c != 'v'
-which T have N O x | show T with N O x => SELECT i FROM t WHERE n o x
-which T have N between x and y | list T with N from x to y => SELECT i FROM t WHERE n BETWEEN x AND y
-which T with C 'v' have N O x | list T where C is 'v' and N is O x => SELECT i FROM t WHERE c = 'v' AND n o x
-which T have C 'v' or N O x | show T that have C 'v' or else N O x => SELECT i FROM t WHERE c = 'v' OR n o x
-show the N of T with C 'v' | what N do T with C 'v' have => SELECT n FROM t WHERE c = 'v'
-what is the G N of all T | give the G N over T | G N of T => SELECT g(n) FROM t
-what is the G N of T with C 'v' | for T whose C is 'v' give the G N => SELECT g(n) FROM t WHERE c = 'v'
-how many T are there for each C | count T per C | number of T by C => SELECT c, COUNT(*) FROM t GROUP BY c
-what is the G N of T for each C | G N of T per C => SELECT c, g(n) FROM t GROUP BY c
-which C values have more than k T | list each C that has over k T => SELECT c FROM t GROUP BY c HAVING COUNT(*) > k
-which k T have the S N | list the k T with the S N => SELECT i FROM t ORDER BY n s, i LIMIT k
-which k T with C 'v' have the S N | of T with C 'v' list the k with the S N
-    => SELECT i FROM t WHERE c = 'v' ORDER BY n s, i LIMIT k
-which different C values do T with N O x have | list every C of T with N O x once
-    => SELECT DISTINCT c FROM t WHERE n o x
-which T with C 'v' are O the average N | list T whose C is 'v' and N O average
-    => SELECT i FROM t WHERE c = 'v' AND n o (SELECT AVG(n) FROM t)
-how many T belong to U with E 'w' | count T at U whose E is 'w'
-    => SELECT COUNT(*) FROM t JOIN u ON t.f = u.j WHERE u.e = 'w'
-which T with N O x belong to U with E 'w' | list T at U whose E is 'w' with N O x
-    => SELECT t.i FROM t JOIN u ON t.f = u.j WHERE u.e = 'w' AND t.n o x
-"""
-FORMS = re.sub(r"\b([b-zA-Z])\b", r"{\1}", FORMS.replace("\n    ", " ")).strip()
-FORMS = {sql: questions.split(" | ") for questions, sql in (line.split(" => ") for line in FORMS.splitlines())}
-OPERATORS = {">": ["above", "over", "greater than"], "<": ["below", "under", "less than"]}
-AGGREGATES = {"AVG": ["average", "mean"], "MAX": ["largest", "maximum"], "MIN": ["smallest", "minimum"],
-              "SUM": ["total"]}
-ORDERS = {"DESC": ["highest", "largest"], "ASC": ["lowest", "smallest"]}
+# FORMS: SQL -> the questions that it answers; OPERATORS, AGGREGATES, ORDERS: a piece of SQL -> how people say it, SPOKEN:
+# so a name; TELECOM: table -> column -> its values, a list (text; the first column is the row's name), a range (numbers)
+# or the "table.column" that it refers to
+FORMS, OPERATORS, AGGREGATES, ORDERS, SPOKEN, TELECOM = json.loads(
+    Path(__file__).with_name("telecom.json").read_text(),
+    object_hook=lambda entry: range(*entry["range"]) if "range" in entry else entry).values()
 
 
 def ask(rng, sql, schema, spoken):
-    """One (question, SQL) pair of the form `sql` over the schema."""
+    """One (question, SQL) pair of the form `sql` over the schema: every slot, such as {t}, gets a value.
+
+    t table, i its name column, c = 'v' and u.e = 'w' text columns with a value, n a number column, x y numbers, k a small
+    one, o an operator, g an aggregate, s a sort order, f and j what a join needs. Upper case: the same as people say it.
+    """
     say = lambda name, words=spoken: rng.choice(words.get(name, [name]))
     joins = {t: next(((c, *v.split(".")) for c, v in columns.items() if isinstance(v, str)), None)
              for t, columns in schema.items()}
