@@ -5,16 +5,14 @@
     python train_small.py --tau 0.8    # see the outside mass run away: its column in the table
 
 Nothing is downloaded. The method comes first: 1 Stage 0, 2 Stage 1, 3 evaluation; then what it needs, down to the run.
-General text is the English prose that ships with every CPython; the domain is questions to SQL over a small telecom
-database; what counts is whether the generated SQL, run on it, returns the right rows. The base has seen prose, and SQL
-over other, random schemas: it knows SQL, not this database.
+General text is the English prose that ships with every CPython. The domain, telecom.json, is questions to SQL over one
+database; an answer is right if its SQL returns the right rows. The base knows prose, and SQL over other, random tables.
 
 A method is a loss ("full": all V tokens; "replay": the recorded subset S_t; "tail": S_t, the golds of the batch and a
 random sample; "anchor": the tail's, and a KL to what the base said on a little text that it wrote itself) and an
 optimizer. All start from one base; all records come from one Stage 0 under it.
 
-Shapes: M examples, B of them a batch, of T tokens; their scored positions, in row-major order, are the N rows of
-hidden states and of the record; d = width, V = vocabulary size.
+Shapes: M examples of T tokens, B a batch; N: their scored positions, row-major, as recorded; d = width, V = vocabulary.
 """
 
 import argparse
@@ -48,6 +46,7 @@ from moclip import MoClip
 IGNORE = -100
 BASE = dict(steps=600, batch=24, lr=3e-3, seed=0, schemas=400, sql_examples=12000)
 QUICK_BASE = dict(BASE, steps=30, batch=6, sql_examples=2000)
+prompt = "Question: {}?\nSQL:".format
 METHODS = tuple(map("+".join, itertools.product(("full", "replay", "tail", "anchor"), ("adamw", "moclip"))))
 
 
@@ -64,11 +63,9 @@ class Size(NamedTuple):
 def stage0(model, tokens, targets, tau, device, **options):
     """Record S_t for every scored position, in row-major order, under the model as it is. Options: `record_topk`'s."""
     model.eval()
-    records = []
-    for x, y in tqdm(list(zip(tokens.split(64), targets.split(64))), "Stage 0: recording", disable=None):
-        hidden, gold = scored_hidden(model, x, y, device)
-        records.append(record_topk(hidden @ model.embedding.weight.T, gold, tau, **options))
-    return ReplayRecord.concat(records)
+    pairs = tqdm(list(zip(tokens.split(64), targets.split(64))), "Stage 0: recording", disable=None)
+    scored = (scored_hidden(model, x, y, device) for x, y in pairs)
+    return ReplayRecord.concat(record_topk(h @ model.embedding.weight.T, gold, tau, **options) for h, gold in scored)
 
 
 def scored_hidden(model, tokens, targets, device):
@@ -76,9 +73,6 @@ def scored_hidden(model, tokens, targets, device):
     scored = targets != IGNORE
     used = int(scored.any(0).nonzero().max()) + 1  # the rest is padding
     return model(tokens[:, :used].to(device))[scored[:, :used].to(device)], targets[scored].to(device)
-
-
-prompt = "Question: {}?\nSQL:".format
 
 
 def encode_domain(tokenizer, pairs, context, prompt=prompt):
@@ -97,8 +91,7 @@ def encode_domain(tokenizer, pairs, context, prompt=prompt):
 def write_text(model, end, count, device, seed=0):
     """`count` windows that the model writes by plain sampling from its full softmax, (count, context + 1) int64.
 
-    The first half begins with the token `end`, the other half with a token drawn uniformly from the vocabulary: this
-    base goes on with SQL after the one and with prose after most others, and what it writes is what the anchor holds.
+    Half of them begin with the token `end`, and this base goes on with SQL; half with any token, and go on with prose.
     """
     model.eval()
     generator = torch.Generator(device).manual_seed(seed)
@@ -152,7 +145,6 @@ def scorer(method, record, args, generator, model=None, anchor=None):
         positions = T * w[:, None] + torch.arange(T, device=w.device)
         said = linear_replay_kl_div(model(anchor.tokens[w]).flatten(0, 1), head, anchor.record.select(positions))
         return tail(hidden, head, gold, rows) + args.anchor_weight * said
-
     return {"full": full, "replay": replay, "tail": tail, "anchor": anchored}[method.split("+")[0]]
 
 
@@ -223,21 +215,15 @@ def clock(device):
 
 
 # -------------------------------------------------------------------------------------------------------- 3. evaluation
-@torch.no_grad()
 def nll(model, tokens, targets, device):
     """Mean nats per scored token under the full softmax."""
-    model.eval()
-    total = 0.0
-    for x, y in zip(tokens.split(64), targets.split(64)):
-        hidden, gold = scored_hidden(model, x, y, device)
-        total += F.linear_cross_entropy(hidden, model.embedding.weight, gold, reduction="sum").item()
+    scored = (scored_hidden(model, x, y, device) for x, y in zip(tokens.split(64), targets.split(64)))
+    total = sum(F.linear_cross_entropy(h, model.embedding.weight, gold, reduction="sum").item() for h, gold in scored)
     return total / (targets != IGNORE).sum().item()
 
 
-@torch.no_grad()
 def generate(model, data, questions, device):
     """The SQL that the model writes for each question: greedy, full softmax, questions of equal length together."""
-    model.eval()
     tokenizer = data.tokenizer
     prompts = [tokenizer.encode(data.prompt(q)) for q in questions]
     answers = [""] * len(prompts)
@@ -254,8 +240,10 @@ def generate(model, data, questions, device):
     return answers
 
 
+@torch.no_grad()
 def evaluate(model, data, device, part="test"):
     """The measures on one held-out part: "test" is what is reported, "validation" is for choosing settings."""
+    model.eval()
     questions = getattr(data, part)
     answers = generate(model, data, [q for q, _ in questions], device)
     right = sum(data.database.agrees(answer, gold) for answer, (_, gold) in zip(answers, questions))
@@ -274,13 +262,10 @@ def outside_mass_probe(tokens, targets, device):
     def probe(model, record):
         hidden, _ = scored_hidden(model, x, y, device)
         return outside_mass(hidden @ model.embedding.weight.T, record.select(rows)).mean().item()
-
     return probe
 
 
-# --------------------------------------------- a learner may stop here: below is what the experiment is made of
-
-# ---------------------------------------------------------------------------------------------------- 4. model and base
+# -------------------------------- a learner may stop here: below is what the experiment is made of. 4. model and base
 def rotary(x, turn):
     """Rotate the pairs (x_i, x_i+h) of every head by position x frequency: attention sees relative positions."""
     a, b = x.chunk(2, -1)
@@ -404,11 +389,11 @@ def general_documents():
     from pydoc_data.topics import topics
     documents = {f"topic {name}": text for name, text in topics.items()}
     root = Path(ast.__file__).parent
-    files = [path for folder in (".", "*", "*/*") for path in root.glob(f"{folder}/*.py")]
-    files = [path for path in files if not {"test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3",
-                                            "pydoc_data", "encodings"} & set(path.relative_to(root).parts)]
+    skipped = {"test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "pydoc_data", "encodings"}
+    files = {path for depth in ("*", "*/*", "*/*/*") for path in root.glob(f"{depth}.py")
+             if not skipped & set(path.relative_to(root).parts)}
     nodes = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-    for path in tqdm(sorted(set(files)), "harvesting docstrings", disable=None, leave=False):
+    for path in tqdm(sorted(files), "harvesting docstrings", disable=None, leave=False):
         with contextlib.suppress(SyntaxError, ValueError):
             tree = ast.walk(ast.parse(path.read_bytes()))
             text = "\n\n".join(filter(None, (ast.get_docstring(node) for node in tree if isinstance(node, nodes))))
@@ -418,33 +403,28 @@ def general_documents():
 
 
 # ------------------------------------------------------------------------------------------------------------ 6. domain
-# FORMS: SQL -> the questions that it answers; OPERATORS, AGGREGATES, ORDERS: a piece of SQL -> how people say it, SPOKEN:
-# so a name; TELECOM: table -> column -> its values, a list (text; the first column is the row's name), a range (numbers)
-# or the "table.column" that it refers to
+# FORMS: SQL -> its questions; OPERATORS, AGGREGATES, ORDERS, SPOKEN: a piece of SQL or a name -> how people say it;
+# TELECOM: table -> column -> its values: list (text; the first column is the row's name), range (numbers) or reference
 FORMS, OPERATORS, AGGREGATES, ORDERS, SPOKEN, TELECOM = json.loads(
     Path(__file__).with_name("telecom.json").read_text(),
     object_hook=lambda entry: range(*entry["range"]) if "range" in entry else entry).values()
 
 
 def ask(rng, sql, schema, spoken):
-    """One (question, SQL) pair of the form `sql` over the schema: every slot, such as {t}, gets a value.
-
-    t table, i its name column, c = 'v' and u.e = 'w' text columns with a value, n a number column, x y numbers, k a small
-    one, o an operator, g an aggregate, s a sort order, f and j what a join needs. Upper case: the same as people say it.
-    """
-    say = lambda name, words=spoken: rng.choice(words.get(name, [name]))
-    joins = {t: next(((c, *v.split(".")) for c, v in columns.items() if isinstance(v, str)), None)
-             for t, columns in schema.items()}
-    t = rng.choice([t for t in schema if joins[t] or "{u}" not in sql])
-    texts = lambda table: [c for c, v in list(schema[table].items())[1:] if isinstance(v, list)]
-    numbers = [c for c, v in schema[t].items() if isinstance(v, range)]
-    f, u, j = joins[t] or (None, t, None)
-    c, e, n = rng.choice(texts(t)), rng.choice(texts(u)), rng.choice(numbers)
+    """One (question, SQL) pair of the form `sql` over the schema."""
+    words = {**spoken, **OPERATORS, **AGGREGATES, **ORDERS}
+    joins = {t: (c, *v.split(".")) for t, columns in schema.items() for c, v in columns.items() if isinstance(v, str)}
+    columns = lambda table, kind: [c for c, v in list(schema[table].items())[1:] if isinstance(v, kind)]
+    # slots: t table, i its name column, c = 'v' and u.e = 'w' text columns and a value, n number column, x y numbers,
+    # k a small one, o operator, g aggregate, s sort order, f and j what a join needs; upper case: as people say it
+    t = rng.choice([t for t in schema if t in joins or "{u}" not in sql])
+    f, u, j = joins.get(t, (None, t, None))
+    c, e, n = rng.choice(columns(t, list)), rng.choice(columns(u, list)), rng.choice(columns(t, range))
     x, y = sorted(rng.sample(schema[t][n], 2))
     o, g, s = rng.choice(list(OPERATORS)), rng.choice(list(AGGREGATES)), rng.choice(list(ORDERS))
     slots = dict(t=t, i=next(iter(schema[t])), c=c, v=rng.choice(schema[t][c]), n=n, x=x, y=y, k=rng.randint(2, 9), o=o,
-                 g=g, s=s, f=f, u=u, j=j, e=e, w=rng.choice(schema[u][e]), T=say(t), U=say(u), C=say(c), E=say(e),
-                 N=say(n), O=say(o, OPERATORS), G=say(g, AGGREGATES), S=say(s, ORDERS))
+                 g=g, s=s, f=f, u=u, j=j, e=e, w=rng.choice(schema[u][e]))
+    slots |= {slot.upper(): rng.choice(words.get(slots[slot], [slots[slot]])) for slot in "tucenogs"}
     return rng.choice(FORMS[sql]).format(**slots), sql.format(**slots)
 
 
@@ -458,25 +438,22 @@ def random_schema(rng, words):
 
 def schema_questions(rng, words, schemas, count, seen=()):
     """`count` (question, SQL) pairs, none of them in `seen`, over random schemas; equal pairs may be among them."""
-    schemas, pairs = [random_schema(rng, words) for _ in range(schemas)], []
-    while len(pairs) < count:
-        pair = ask(rng, rng.choice(list(FORMS)), rng.choice(schemas), {})
-        if pair not in seen:
-            pairs.append(pair)
-    return pairs
+    schemas = [random_schema(rng, words) for _ in range(schemas)]
+    asked = (ask(rng, rng.choice(list(FORMS)), rng.choice(schemas), {}) for _ in itertools.count())
+    return list(itertools.islice((pair for pair in asked if pair not in seen), count))
 
 
 class Database:
     """The telecom tables in memory. The SQL that runs on it comes from a model: reading only, few steps, few rows."""
 
-    def __init__(self, rng, rows=dict(site=40, cell=120, alarm=200)):
+    def __init__(self, rng):
         self.connection = sqlite3.connect(":memory:")
         for t, columns in TELECOM.items():
+            names, *pools = (TELECOM[v.split(".")[0]][v.split(".")[1]] if isinstance(v, str) else v
+                             for v in columns.values())
+            rows = [[name, *map(rng.choice, pools)] for name in names]
             self.connection.execute(f"CREATE TABLE {t} ({', '.join(columns)})")
-            pools = [TELECOM[v.split(".")[0]][v.split(".")[1]] if isinstance(v, str) else v for v in columns.values()]
-            for i in range(rows[t]):
-                row = [pool[i] if k == 0 else rng.choice(pool) for k, pool in enumerate(pools)]
-                self.connection.execute(f"INSERT INTO {t} VALUES ({', '.join('?' * len(row))})", row)
+            self.connection.executemany(f"INSERT INTO {t} VALUES ({', '.join('?' * len(columns))})", rows)
         allowed = {(sqlite3.SQLITE_FUNCTION, name) for name in ("count", "sum", "avg", "min", "max")}
         self.connection.set_authorizer(lambda action, _, name, *more: sqlite3.SQLITE_OK if (action, name) in allowed or
                                        action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ) else sqlite3.SQLITE_DENY)
@@ -485,29 +462,24 @@ class Database:
         """The rows of a query, at most 1000 of them; None if it fails."""
         thousands = itertools.count(1)  # of virtual-machine steps: stop after a million
         self.connection.set_progress_handler(lambda: next(thousands) > 1000, 1000)
-        try:
+        with contextlib.suppress(sqlite3.Error, sqlite3.Warning, ValueError):
             return self.connection.execute(sql).fetchmany(1000)
-        except (sqlite3.Error, sqlite3.Warning, ValueError):
-            return None
 
     def agrees(self, sql, gold):
         """Do both queries return the same rows, in the same order where the gold query asks for one?"""
         mine, right = self.rows(sql), self.rows(gold)
-        if mine is not None and "ORDER BY" not in gold:
-            mine, right = sorted(mine, key=repr), sorted(right, key=repr)
-        return mine is not None and mine == right
+        order = list if "ORDER BY" in gold else collections.Counter
+        return mine is not None and order(mine) == order(right)
 
 
 def domain_split(rng, database, per_form):
     """(train, validation, test): distinct (question, SQL) with answers; a held-out part has an eighth of every form."""
     parts = [], [], []
     for form in FORMS:
-        pairs = {}
-        for _ in range(20 * per_form):
-            question, sql = ask(rng, form, TELECOM, SPOKEN)
-            if len(pairs) < per_form and database.rows(sql) not in ([], [(0,)], [(None,)]):
-                pairs[question] = sql
-        pairs, n = list(pairs.items()), max(1, len(pairs) // 8)
+        asked = dict(ask(rng, form, TELECOM, SPOKEN) for _ in range(20 * per_form))
+        answered = (pair for pair in asked.items() if database.rows(pair[1]) not in ([], [(0,)], [(None,)]))
+        pairs = list(itertools.islice(answered, per_form))
+        n = max(1, len(pairs) // 8)
         for part, members in zip(parts, (pairs[2 * n:], pairs[n:2 * n], pairs[:n])):
             part += members
     for part in parts:
@@ -522,12 +494,11 @@ def prepare(settings, per_form, size=Size(), windows=200):
     general_*: `windows` windows of prose; other_*: as many questions and their SQL over schemas that nothing else has.
     """
     rng = random.Random(settings["seed"])
-    documents = general_documents()
-    names = sorted(documents)
-    rng.shuffle(names)
-    n = len(names) // 20
-    general = {"test": names[:n], "validation": names[n:2 * n], "train": names[2 * n:]}
-    general = {part: "\n\n".join(map(documents.get, members)) for part, members in general.items()}
+    documents = [text for _, text in sorted(general_documents().items())]
+    rng.shuffle(documents)
+    n = len(documents) // 20
+    general = {"test": documents[:n], "validation": documents[n:2 * n], "train": documents[2 * n:]}
+    general = {part: "\n\n".join(texts) for part, texts in general.items()}
     counts = collections.Counter(re.findall(r"\b[a-z]{4,9}\b", general["train"]))
     common = [word for word, _ in counts.most_common(100)]
     words = {*common, *re.findall(r"[A-Za-z]{3,}", f"{TELECOM} {SPOKEN}")}
@@ -537,20 +508,15 @@ def prepare(settings, per_form, size=Size(), windows=200):
     rng = random.Random(f"other schemas {settings['seed']}")  # on its own: whatever it draws, the rest stays as it is
     other = {part: schema_questions(rng, common, 20, windows, set(seen)) for part in ("validation", "test")}
     tokenizer = Tokenizer(general["train"] + "".join(f"{prompt(q)} {sql}" for q, sql in seen), size.vocab_size)
-    prose = torch.tensor(tokenizer.encode(general["train"]))
+    ids = {part: torch.tensor(tokenizer.encode(text)) for part, text in general.items()}
+    held_out = {part: ids[part].unfold(0, size.context + 1, size.context)[:windows] for part in other}
     sql = torch.tensor([i for q, sql in seen for i in tokenizer.encode(f"{prompt(q)} {sql}") + [tokenizer.end]])
-
-    def windowed(text):
-        x = torch.tensor(tokenizer.encode(text)).unfold(0, size.context + 1, size.context)[:windows]
-        return x[:, :-1], x[:, 1:]
-
-    encode = lambda pairs: encode_domain(tokenizer, pairs, size.context)
     return SimpleNamespace(
         tokenizer=tokenizer, database=database, prompt=prompt, context=size.context, size=size,
-        streams=[prose, sql, sql], fingerprint=fingerprint({"prose": prose, "sql": sql}), **domain,
-        **{f"domain_{part}": encode(pairs) for part, pairs in domain.items()},
-        **{f"other_{part}": encode(pairs) for part, pairs in other.items()},
-        **{f"general_{part}": windowed(general[part]) for part in other})
+        streams=[ids["train"], sql, sql], fingerprint=fingerprint({"prose": ids["train"], "sql": sql}), **domain,
+        **{f"domain_{part}": encode_domain(tokenizer, pairs, size.context) for part, pairs in domain.items()},
+        **{f"other_{part}": encode_domain(tokenizer, pairs, size.context) for part, pairs in other.items()},
+        **{f"general_{part}": (x[:, :-1], x[:, 1:]) for part, x in held_out.items()})
 
 
 def load_base(data, settings, out, device):
@@ -560,8 +526,7 @@ def load_base(data, settings, out, device):
     key = hashlib.sha256(shaped_by.encode()).hexdigest()[:16]
     path = out / f"base-{key}.pt"
     if not path.exists():
-        seconds = settings["steps"] * settings["batch"] * 15e-3
-        say(f"pretraining the base: {settings['steps']} steps, to be kept as {path}", seconds)
+        say(f"pretraining the base: {settings['steps']} steps, {path}", settings["steps"] * settings["batch"] * 15e-3)
         state = pretrain(data.streams, settings, device, data.size)
         write_atomically(path, lambda file: torch.save(state, file))
     return torch.load(path, weights_only=True), key
@@ -582,35 +547,32 @@ def record_bytes(record):
     return sum(x.nbytes for x in vars(record).values() if isinstance(x, torch.Tensor)) / len(record)
 
 
-COLUMNS = {"accuracy": ("domain_accuracy", ".1%"), "prose lost": ("forgetting", ".3f"),
-           "SQL lost": ("forgetting_sql", ".3f"), "domain NLL": ("domain_nll", ".3f"),
-           "outside mass": ("outside_mass_end", ".4f"), "ms/step": ("step_ms", ".0f"), "Stage 0 s": ("stage0_s", ".1f"),
-           "total s": ("total_s", ".1f"), "angle, °": ("angle_mean_deg", ".0f"), "clipped": ("clip_fraction", ".0%")}
-
-
 def print_table(base, runs):
     """One row a run. Lost: forgetting of prose and of SQL over other schemas, in nats."""
-    print(f"{'method':14}" + "".join(f"  {title}" for title in COLUMNS))
+    columns = {"accuracy": ("domain_accuracy", ".1%"), "prose lost": ("forgetting", ".3f"),
+               "SQL lost": ("forgetting_sql", ".3f"), "domain NLL": ("domain_nll", ".3f"),
+               "outside mass": ("outside_mass_end", ".4f"), "ms/step": ("step_ms", ".0f"),
+               "Stage 0 s": ("stage0_s", ".1f"), "total s": ("total_s", ".1f"),
+               "angle, °": ("angle_mean_deg", ".0f"), "clipped": ("clip_fraction", ".0%")}
+    print(f"{'method':14}" + "".join(f"  {title}" for title in columns))
     for run in [base, *runs]:
-        cells = ("-" if run.get(key) is None else format(run[key], form) for key, form in COLUMNS.values())
-        print(f"{run['method']:14}" + "".join(f"{cell:>{len(title) + 2}}" for cell, title in zip(cells, COLUMNS)))
-
-
-OPTIONS = {  # default, least and largest value, what it is
-    "tau": (0.9, 1e-6, 1, "coverage of the recorded subsets"),
-    "tail": (256, 0, math.inf, "tokens that a tail method samples for each batch"),
-    "anchor": (120, 0, math.inf, "windows of text for the anchor methods; 0 leaves them out"),
-    "anchor-weight": (0.3, 0, 1e6, "of the anchor's loss beside the tail's"),
-    "max-angle": (90.0, 0, 180, "MoClip's cap, in degrees"),
-    "steps": (200, 1, math.inf, "fine-tuning steps"),
-    "batch": (32, 1, math.inf, "examples a step"),
-    "lr": (1.2e-3, 0, 1, "learning rate of the fine-tuning"),
-    "base-seed": (BASE["seed"], 0, 2**31 - 1, "seed of the data and of the base")}
+        cells = ("-" if run.get(key) is None else format(run[key], form) for key, form in columns.values())
+        print(f"{run['method']:14}" + "".join(f"{cell:>{len(title) + 2}}" for cell, title in zip(cells, columns)))
 
 
 def arguments():
+    options = {  # default, least and largest value, what it is
+        "tau": (0.9, 1e-6, 1, "coverage of the recorded subsets"),
+        "tail": (256, 0, math.inf, "tokens that a tail method samples for each batch"),
+        "anchor": (120, 0, math.inf, "windows of text for the anchor methods; 0 leaves them out"),
+        "anchor-weight": (0.3, 0, 1e6, "of the anchor's loss beside the tail's"),
+        "max-angle": (90.0, 0, 180, "MoClip's cap, in degrees"),
+        "steps": (200, 1, math.inf, "fine-tuning steps"),
+        "batch": (32, 1, math.inf, "examples a step"),
+        "lr": (1.2e-3, 0, 1, "learning rate of the fine-tuning"),
+        "base-seed": (BASE["seed"], 0, 2**31 - 1, "seed of the data and of the base")}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, (default, least, most, what) in OPTIONS.items():
+    for name, (default, least, most, what) in options.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{what} ({default})")
     parser.add_argument("--device", default=torch.accelerator.current_accelerator(check_available=True) or "cpu")
     parser.add_argument("--anchor-text", default="own", choices=("own", "given"), help="by the base, or prose and SQL")
@@ -619,7 +581,7 @@ def arguments():
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the cached base and of results.json")
     parser.add_argument("--quick", action="store_true", help="a smoke run: tiny base, few steps, one seed")
     args = parser.parse_args()
-    given = [(name, getattr(args, name.replace("-", "_")), *row[1:3]) for name, row in OPTIONS.items()]
+    given = [(name, getattr(args, name.replace("-", "_")), *row[1:3]) for name, row in options.items()]
     for name, value, least, most in given + [("seeds", seed, 0, 2**31 - 1) for seed in args.seeds]:
         if not least <= value <= most:
             parser.error(f"--{name} must lie in [{least}, {most}]")
@@ -638,37 +600,30 @@ def main():
     device = torch.device(args.device)
     say("building the corpora", 10)
     data = prepare(args.base, args.per_form, windows=args.windows)
-    say(f"general: {len(data.streams[0]):,} training tokens; SQL over other schemas: {len(data.streams[1]):,} tokens; "
-        f"domain: {len(data.train)} questions, {len(data.validation)} for validation, {len(data.test)} for the test")
+    say(f"prose: {len(data.streams[0]):,} tokens; SQL: {len(data.streams[1]):,}; domain: {len(data.train)} questions")
     state, key = load_base(data, args.base, args.out, device)
     base_model = Model(data.size).to(device)
     base_model.load_state_dict(state)
     base = {"method": "base", "key": key, "fingerprint": fingerprint(state), "questions": data.test[:3],
             "parameters": sum(p.numel() for p in base_model.parameters()), **evaluate(base_model, data, device)}
 
-    # Stage 0, once, under the base: a record for the domain, and one for the anchor
     say(f"Stage 0: recording {len(data.train)} examples", len(data.train) * 5e-3)
     start = clock(device)
     record = stage0(base_model, *data.domain_train, args.tau, device)
     seconds = clock(device) - start
     stage0_s, anchor = {"full": 0.0, "replay": seconds, "tail": seconds}, None
-    say(f"Stage 0: {len(record):,} positions in {seconds:.1f} s; at tau = {args.tau} each has "
-        f"{record.subset_sizes.float().mean():.0f} tokens in {record_bytes(record):.0f} bytes; "
-        f"its float32 logits would take {4 * data.size.vocab_size}")
+    say(f"Stage 0: {record.subset_sizes.float().mean():.0f} tokens in {record_bytes(record):.0f} bytes a position, of "
+        f"{len(record):,} positions; the float32 logits of one would take {4 * data.size.vocab_size}")
     if any(method.startswith("anchor") for method in args.methods):
         say(f"Stage 0: {args.anchor} windows for the anchor, {args.anchor_text} text", args.anchor * 50e-3)
         start = clock(device)
-        if args.anchor_text == "own":
-            text = write_text(base_model, data.tokenizer.end, args.anchor, device)
-        else:
-            text = next(batches(data.streams[:2], dict(batch=args.anchor + 1, seed=0), data.context))
+        text = write_text(base_model, data.tokenizer.end, args.anchor, device) if args.anchor_text == "own" else \
+            next(batches(data.streams[:2], dict(batch=args.anchor + 1, seed=0), data.context))
         anchor = record_anchor(base_model, text, device)
         stage0_s["anchor"] = seconds + clock(device) - start
         say(f"Stage 0: {record_bytes(anchor.record):.0f} bytes a position; the first window and the last:")
-        for ids in (text[0], text[-1]):
-            print(f"  {data.tokenizer.decode(ids.tolist())!r}")
+        print(*(f"  {data.tokenizer.decode(ids.tolist())!r}" for ids in (text[0], text[-1])), sep="\n")
 
-    # Stage 1
     probe, runs = outside_mass_probe(*data.domain_train, device), []
     config = vars(args) | {"torch": torch.__version__, "threads": torch.get_num_threads()}
     for seed, method in itertools.product(args.seeds, args.methods):

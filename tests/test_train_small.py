@@ -371,10 +371,10 @@ def test_each_part_is_evaluated_on_its_own_questions_and_text(database, monkeypa
         "SELECT COUNT(*) FROM site" if q == "validation" else "SELECT 1" for q in questions])
     monkeypatch.setattr(script, "nll", lambda model, tokens, targets, device: tokens)
     for part, accuracy in (("validation", 1.0), ("test", 0.0)):
-        found = script.evaluate(None, data, CPU, part)
+        found = script.evaluate(torch.nn.Module(), data, CPU, part)
         assert found["domain_accuracy"] == accuracy
         assert all(found[f"{kind}_nll"] == f"{kind} {part}" for kind in ("domain", "general", "other"))
-    assert script.evaluate(None, data, CPU)["domain_nll"] == "domain test"
+    assert script.evaluate(torch.nn.Module(), data, CPU)["domain_nll"] == "domain test"
 
 
 def test_the_table_fits_a_terminal_and_has_a_row_for_every_run(capsys):
