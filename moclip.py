@@ -33,7 +33,7 @@ def angle_between(u: Tensor, v: Tensor) -> Tensor:
     Accurate also near 0 and pi, where arccos loses half of the digits; 0 if a vector is zero, as nothing is there to
     turn away from. Raises ValueError for unequal shapes and for tensors that are not real floating point.
     """
-    (u, v), _ = _scaled(u=u, v=v)
+    (u, v), _ = _scaled(u=u, v=v)  # each divided by its largest entry, so that no square leaves the dtype's range
     theta, *_ = _rotation([u], [v])
     return theta.to(torch.promote_types(u.dtype, v.dtype))
 
@@ -41,12 +41,13 @@ def angle_between(u: Tensor, v: Tensor) -> Tensor:
 def clip_angle(grad: Tensor, momentum: Tensor, max_angle: float) -> Tensor:
     """Rotate `grad` towards `momentum` until the angle between them is at most `max_angle` (radians in [0, pi]).
 
-        g~ = g                                              if theta <= Delta or m = 0
-           = |g| (cos(Delta) m/|m| + sin(Delta) n)          otherwise, n = unit vector of g - <g, m/|m|> m/|m|
+        g~ = g                                       if theta <= Delta or m = 0
+           = g, and `MoClip` restarts m at zero      if antiparallel: theta > Delta and pi/2, sin(theta) <= sqrt(eps)
+           = |g| (cos(Delta) m/|m| + sin(Delta) n)   otherwise, n = unit vector of g - <g, m/|m|> m/|m|
 
-    Keeps the shape, norm and dtype of `grad` and stays in the plane of both (THEORY.md M1, M2). Antiparallel vectors
-    span no plane: `grad` is returned as it is, and `MoClip` restarts the momentum at zero. The formula is this
-    project's reading of "caps gradient-momentum rotation" in the paper's abstract. Bad input is a ValueError.
+    eps is float32's, so that theta is within 3.5e-4 of pi, and float64's if both are float64: antiparallel vectors span
+    no plane. Keeps the shape, norm and dtype of `grad` and stays in the plane of both (THEORY.md M1, M2). The formula
+    is this project's reading of "caps gradient-momentum rotation" in the paper's abstract. Bad input is a ValueError.
 
     >>> g, m = torch.tensor([0.0, 2.0]), torch.tensor([3.0, 0.0])
     >>> angle_between(g, m), clip_angle(g, m, math.pi / 6)       # pi/2; then 2 (cos 30 degrees, sin 30 degrees)
@@ -63,7 +64,7 @@ def _rotation(grads, momenta, max_angle=math.pi, group=None):
     `angle_between` is theta, but 0 where the square of g or m, and with it v = g^2, is no normal number of the dtype
     (1e-38 to 1e38 for float32), NaN where <g, m> overflows. `clip_angle` is A g + B m; keep is 0 at a restart, else 1.
     """
-    # `sum` adds in pairs; torch's float32 dot products and norms of 10^8 entries are off by percents
+    # `_total` adds up the pieces, in float64; `sum` works in pairs, torch's float32 dot of 10^8 entries is percents off
     gm = _total(((g * m).sum() for g, m in zip(grads, momenta)), group)
     mm = _total(((m * m).sum() for m in momenta), group)
     along = gm / mm  # g = along m + rest, rest orthogonal to m
@@ -84,19 +85,6 @@ def _rotation(grads, momenta, max_angle=math.pi, group=None):
     A = torch.where(turned, math.sin(max_angle) / theta.sin(), 1)
     B = torch.where(turned, (theta - max_angle).sin() / theta.sin() * ratio, 0)
     return theta, A, B, (~antiparallel).to(theta.dtype)
-
-
-def _total(terms, group) -> Tensor:
-    """The sum of 0-dim tensors, also over the processes of `group`, as float64: ratios of squares leave float32."""
-    sums = {}  # DTensors add up within their mesh before they meet others
-    for term in terms:
-        mesh = getattr(term, "device_mesh", None)
-        sums[mesh] = sums[mesh] + term if mesh in sums else term
-    total = sum(term if mesh is None else term.full_tensor() for mesh, term in sums.items())
-    total = total if total.device.type == "mps" else total.double()  # MPS has no float64
-    if group is not None:
-        torch.distributed.all_reduce(total, group=group)
-    return total
 
 
 def _wide(x: Tensor) -> Tensor:  # float16 and bfloat16 are too coarse for moments and angles
@@ -120,16 +108,14 @@ class MoClip(torch.optim.Optimizer):
     max_angle: radians in [0, pi]; pi is no cap. Below pi/2, -g~ can point uphill and noise adds up in m (M7, M8).
     scope: "global" takes one angle over all parameters that have a gradient, the literal reading of the paper's vector
         notation, "tensor" one per parameter (M10). Groups may differ in all but scope, and in "global" max_angle.
-    shard_group: process group of torch.distributed over which "global" takes its angle, if processes step different
-        parameters (of one dtype): FSDP1, or functools.partial(MoClip, shard_group=group) in ZeroRedundancyOptimizer.
-        Without it each silently takes its own, as "tensor" does per shard under FSDP1. DDP and DTensors need none.
+    shard_group: process group over which "global" takes its angle where processes step different parameters: FSDP1,
+        ZeroRedundancyOptimizer. Without it each silently takes its own. DDP and DTensors need none.
 
-    State: `step`, `exp_avg`, `exp_avg_sq`, float32 at least, with AdamW's meaning, whose state dict can be loaded
-    (options that it lacks stay); for the way back, put AdamW's own "param_groups" into MoClip's. `step()` never waits
-    for the device; then `last_angle` and `last_clipped` are theta and theta > Delta: 0-dim for "global", an entry per
-    parameter with a gradient for "tensor". A NaN or infinite gradient stays in m and v, as in Adam, and from then on
-    `last_angle` is NaN and nothing of its scope is capped: skip such a step, as torch's GradScaler does.
-    Raises ValueError for bad options and state, complex parameters and sparse gradients.
+    State: `step`, `exp_avg`, `exp_avg_sq`, float32 at least, as AdamW's, whose state dict can be loaded. A step never
+    waits for the device; then `last_angle` and `last_clipped` are theta and theta > Delta: 0-dim for "global", an entry
+    per parameter with a gradient for "tensor". If none has one they stay, at first 0 and False; with a shard_group they
+    are 0 and False. A NaN or infinite gradient stays in m and v, and from then on `last_angle` is NaN and nothing of
+    its scope is capped: skip such a step. ValueError for bad options or state, complex parameters, sparse gradients.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), *, max_angle=math.pi / 2,
@@ -195,7 +181,7 @@ class MoClip(torch.optim.Optimizer):
         _check_group(group, (self.param_groups or [group])[0], self.shard_group)
         self.param_groups.append(group)
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict):  # or AdamW's; the way back: AdamW's own "param_groups" put into MoClip's
         def own(p, name, saved):  # p's copy; torch, which would cast it to p's dtype, is given this function instead
             for key in "step", "exp_avg", "exp_avg_sq":
                 good = key in saved and (key == "step" or saved[key].shape == p.shape)
@@ -210,7 +196,7 @@ class MoClip(torch.optim.Optimizer):
 
     def __setstate__(self, state):  # where torch's load_state_dict ends: if this raises, nothing has changed
         for i, own in enumerate(getattr(self, "param_groups", [])):
-            state["param_groups"][i] = own | state["param_groups"][i]
+            state["param_groups"][i] = own | state["param_groups"][i]  # options that AdamW's lacks stay
             _check_group(state["param_groups"][i], state["param_groups"][0], self.shard_group)
         state["state"].update({p: entry(p) for p, entry in state["state"].items() if callable(entry)})
         super().__setstate__(state)
@@ -222,6 +208,20 @@ class MoClip(torch.optim.Optimizer):
 def _require(holds, rule, value):
     if not holds:
         raise ValueError(f"{rule}, got {value}")
+
+
+def _total(terms, group) -> Tensor:
+    """The sum of 0-dim tensors, also over the processes of `group`, as float64: ratios of squares leave float32."""
+    # group: for parameters of one dtype; ZeroRedundancyOptimizer takes functools.partial(MoClip, shard_group=group)
+    sums = {}  # DTensors add up within their mesh before they meet others
+    for term in terms:
+        mesh = getattr(term, "device_mesh", None)
+        sums[mesh] = sums[mesh] + term if mesh in sums else term
+    total = sum(term if mesh is None else term.full_tensor() for mesh, term in sums.items())
+    total = total if total.device.type == "mps" else total.double()  # MPS has no float64
+    if group is not None:
+        torch.distributed.all_reduce(total, group=group)
+    return total
 
 
 def _scaled(**pair):  # so that entries of 1e-30 or 1e30 have squares in float32
