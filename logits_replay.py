@@ -80,28 +80,28 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
     limit, token_ids, log_probs = min(max_size or V, V), [], []
 
     def rank(top):
-        # (K_t, p_(K_t)), (n,) each, from the first k in rank, (n, k); K = k + 1 where these k do not decide it
+        # formula: (K_t, p_(K_t)), (n,) each, from the first k in rank, (n, k); K = k + 1 where these k do not decide it
         K = (1 + (top.cumsum(1, dtype=torch.float64) < tau).sum(1)).clamp(max=limit)
         return K, top.gather(1, (K - 1).clamp(max=top.shape[1] - 1)[:, None])[:, 0]
 
-    # a few rows at a time: on a CPU a million logits, which its cache holds, elsewhere 64 million, to keep it busy
+    # fast: a few rows at a time, on a CPU a million logits, which its cache holds, elsewhere 64 million, to fill it
     for t in (gold != ignore_index).nonzero()[:, 0].split(2**(20 if device.type == "cpu" else 26) // V + 1):
         z, y = flat[t], gold[t, None]
         p = z.softmax(1, dtype=torch.promote_types(z.dtype, torch.float32))
-        # K_t and the edge p_(K_t), from the 64 most probable, which is fast, or from all where those do not decide
+        # formula: K, edge = rank(p.sort(1, descending=True).values), that is K_t and p_(K_t); fast: from the 64 most
+        # probable, from all where those do not decide, and by numpy, as torch's sort carries the indices along
         K, edge = rank(p.topk(min(64, V)).values)
         if (wide := K > 64).any():
-            # on a CPU numpy sorts in a tenth of torch's time, which carries the indices along
             top = torch.from_numpy(np.sort(p[wide].numpy(), 1)).flip(1) if device.type == "cpu" else \
                 p[wide].sort(1, descending=True).values
             K[wide], edge[wide] = rank(top)
-        # (row, token) pairs, in order: gold, and what is at the edge or above it. At the edge there is room for
-        # K - |above| tokens, those of the lowest ids: `place` counts them, from 1 in every row
+        # formula: S_t is gold, what is above the edge, and at the edge the K - |above| tokens of the lowest ids; fast:
+        # (row, token) pairs, in order, in place of masks (n, V); `place` counts those at the edge, from 1 in every row
         row, token = (p >= edge[:, None]).scatter_(1, y, True).nonzero(as_tuple=True)
         above, level, is_gold = p[row, token] > edge[row], p[row, token] == edge[row], token == y[row, 0]
         count = lambda pairs: row[pairs].bincount(minlength=len(t))
         room, place = K - count(above), level.cumsum(0) - (count(level).cumsum(0) - count(level))[row]
-        # gold is always in; where the cap leaves no room it displaces the last in rank
+        # formula: gold is always in; where the cap leaves no room it displaces the last in rank
         has_gold = count(is_gold & (above | level & (place <= room[row]))) > 0
         room = room - (~has_gold & (K == limit)).long()
         inside = above | level & (place <= room[row]) | is_gold
@@ -109,7 +109,7 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
         token_ids.append(token.int())
         if keep_log_probs:
             log_probs.append(z.log_softmax(1, dtype=p.dtype)[row, token].float())
-        # rho_t = sum of p_j over j not in S_t: 1 minus the sum inside would lose the digits of a small rho
+        # formula: rho_t = sum of p_j over j not in S_t; 1 minus the sum inside would lose the digits of a small rho
         p[row, token] = 0
         rho[t] = p.sum(1).float().clamp(max=1)
     return ReplayRecord(torch.cat(token_ids), pad(sizes.cumsum(0), (1, 0)), rho, V, float(tau),
@@ -151,10 +151,10 @@ def replay_cross_entropy(logits: Tensor, target: Tensor, record: ReplayRecord, *
         L_t = log( sum over j in S_t of exp z_j ) - z_y                                      the paper's: tail=None
         L_t = log( sum over j in S_t of exp z_j + sum over j in R, not in S_t, of w_j exp z_j ) - z_y
 
-    Mirrors `F.cross_entropy`: logits (..., V), target (...), "mean" is over the targets that are not ignored. Without
-    tail it never exceeds that (THEORY.md R2); its gradient by z_j is q_j - [j = y] on S_t, exactly 0 outside (R3), so
-    that nothing holds the outside mass down (R7). A `Tail` does (R9).
-    Source: arXiv:2510.09152, abstract ("exact renormalized losses").
+    Mirrors `F.cross_entropy`: logits (..., V), target (...), "mean" is over the targets that are not ignored, and over
+    none it is nan, its gradient 0. Without tail it never exceeds `F.cross_entropy` (THEORY.md R2); its gradient by z_j
+    is q_j - [j = y] on S_t, exactly 0 outside (R3), so that nothing holds the outside mass down (R7). A `Tail` does
+    (R9). Source: arXiv:2510.09152, abstract ("exact renormalized losses").
 
     >>> logits, target = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
     >>> record = record_topk(logits, target, tau=0.9)                    # keeps tokens 0 and 1
@@ -176,9 +176,9 @@ def linear_replay_cross_entropy(input: Tensor, linear_weight: Tensor, target: Te
 
         z_tj = <input_t, weight_j> + bias_j,   for j in S_t, and for j in R where there is a tail
 
-    Mirrors `F.linear_cross_entropy`: input (..., d), linear_weight (V, d), target (...), linear_bias (V,) or None.
-    O(nnz d) operations, not O(N V d) (THEORY.md R8), and O(N |R| d) for a tail: one dense product for all rows. Half
-    precision is accumulated in float32, under autocast too. Source: as above ("avoiding full softmax computation").
+    Mirrors `F.linear_cross_entropy`, also over no target: input (..., d), linear_weight (V, d), target (...),
+    linear_bias (V,) or None. O(nnz d) operations, not O(N V d) (THEORY.md R8), and O(N |R| d), densely, for a tail.
+    Half precision is accumulated in float32, under autocast too. Source: as above ("avoiding full softmax").
 
     >>> h, W, y = torch.randn(5, 8), torch.randn(100, 8), torch.arange(5)
     >>> record = record_topk(h @ W.T, y, tau=0.9)
@@ -195,7 +195,7 @@ def _cross_entropy(z, z_tail, y: Tensor, record: ReplayRecord, tail, ignore_inde
     is_gold = (record.token_ids == y[rows]) & counted[rows]
     has_gold = zeros.index_add(0, rows, is_gold.to(z.dtype)) > 0
     _require(has_gold | ~counted, "target must be in its recorded row: is this the record of this batch?")
-    # L_t = -log q_y, gold's entry of the log-softmax with a minus sign; 0 for an ignored target
+    # L_t = -log q_y, gold's entry of the log-softmax; 0 for an ignored target. `_reduce`: the mean of those counted
     log_q = _log_softmax(z, record, tail, z_tail)
     return _reduce(zeros.index_add(0, rows, log_q.where(is_gold, 0), alpha=-1), counted, shape, reduction)
 
@@ -213,8 +213,9 @@ def sample_tail(target: Tensor, vocab_size: int, size: int, *, ignore_index=-100
         w_j = 1 for a gold token,   w_j = M0 / size for each of the `size` drawn,   M0 = V - number of distinct golds
 
     P(j in R) w_j = 1: the sum of w_j exp z_j over R without S_t is an unbiased estimate of the sum of exp z_j over all
-    that S_t leaves out (Horvitz and Thompson 1952; THEORY.md R9). The golds are always in R: training raises them at
-    every position (shared parameters), and no heavy token may be left to chance. Draw a new one every step.
+    that S_t leaves out (Horvitz and Thompson 1952; THEORY.md R9). The golds are in R: training raises them at every
+    position (shared parameters), and no heavy token may be left to chance. A `Tail` of your own may lack one: L_t is
+    still defined, as y_t is in S_t, but only the positions that recorded it hold it down. Draw a new tail every step.
 
     size: >= 0; M0 or more takes all, with weight 1: the loss is `F.cross_entropy`.   generator: on any device.
     Source: this project, in the spirit of sampled softmax (Bengio and Senecal 2003) and of arXiv:2503.16870.
@@ -244,7 +245,7 @@ def replay_kl_div(logits: Tensor, record: ReplayRecord, *, reduction="mean") -> 
     (THEORY.md R13), on the base's own text that of whole sequences (R14). It is blind to what moves in or out of S_t as
     a whole, so in a row of one token to all: take a large tau under a cap (.98, max_size=32), not a small tau.
 
-    logits: (..., V), of the N positions of `record`; "mean" is over those whose row is not empty.
+    logits: (..., V), of the N positions of `record`; "mean": over rows that are not empty; of none nan, gradient 0.
     Source: this project; the paper's summary mentions a "domain self-constraint" and does not say what it is. KL to the
     live base: arXiv:2412.15270; self-generated text: arXiv:2605.26097.
 
