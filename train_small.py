@@ -216,7 +216,7 @@ def clock(device):
 
 # -------------------------------------------------------------------------------------------------------- 3. evaluation
 def nll(model, tokens, targets, device):
-    """Mean nats per scored token under the full softmax."""
+    """Mean nats per scored token under the full softmax. Like `generate` it runs in `evaluate`, without gradients."""
     scored = (scored_hidden(model, x, y, device) for x, y in zip(tokens.split(64), targets.split(64)))
     total = sum(F.linear_cross_entropy(h, model.embedding.weight, gold, reduction="sum").item() for h, gold in scored)
     return total / (targets != IGNORE).sum().item()
@@ -415,8 +415,8 @@ def ask(rng, sql, schema, spoken):
     words = {**spoken, **OPERATORS, **AGGREGATES, **ORDERS}
     joins = {t: (c, *v.split(".")) for t, columns in schema.items() for c, v in columns.items() if isinstance(v, str)}
     columns = lambda table, kind: [c for c, v in list(schema[table].items())[1:] if isinstance(v, kind)]
-    # slots: t table, i its name column, c = 'v' and u.e = 'w' text columns and a value, n number column, x y numbers,
-    # k a small one, o operator, g aggregate, s sort order, f and j what a join needs; upper case: as people say it
+    # the slots: t table, i its name column, c = 'v' and u.e = 'w' text column and value, n number column, x y numbers,
+    # k a small one, o operator, g aggregate, s sort order, f and j what a join needs; in upper case: as people say it
     t = rng.choice([t for t in schema if t in joins or "{u}" not in sql])
     f, u, j = joins.get(t, (None, t, None))
     c, e, n = rng.choice(columns(t, list)), rng.choice(columns(u, list)), rng.choice(columns(t, range))
