@@ -2,10 +2,12 @@
 
     cd tests && python -m vectors.check_holes        prints, for each variant, the first case that catches it
 
-A variant is the reference with a few pieces of its text replaced; f32(x) in it rounds to float32. It is computed in
-float64 and judged by the tolerances of a float64 and of a float32 port; a few errors only one of the two can see.
+A variant is the reference, or the port that is made of it (`Plain` in generate.py), with a few pieces of its text
+replaced; f32(x) in it rounds to float32. It is computed in float64 and judged by the tolerances of a float64 and of a
+float32 port; a few errors only one of the two can see.
 """
 
+import inspect
 import json
 import math
 import struct
@@ -15,7 +17,7 @@ from pathlib import Path
 from vectors import calls, compare, generate, run_port
 
 FOLDER = Path(__file__).parent
-SOURCE = (FOLDER.parent / "plain_reference.py").read_text()
+SOURCE = (FOLDER.parent / "plain_reference.py").read_text() + "\n\n" + inspect.getsource(generate.Plain)
 STORED = {name: json.loads((FOLDER / name).read_text()) for name in calls.FILES}
 
 # pieces of the reference that several variants change
@@ -67,11 +69,26 @@ UPDATE = 'math.atan2(m[k] / c1, o["b"] * math.sqrt(v[k] / c2))'
 GOLDS = "golds = {y for y in target if y != ignore_index}"
 UNION = "R = sorted(golds | set(chosen))"
 LOG_WEIGHT = "math.log((vocab_size - len(golds)) / len(chosen))"
+# pieces of the port
+LIVE = "for p in shapes]\n\n        def step", "for p in shapes]\n        live = []\n\n        def step"
+RECORD = "log_probs = self.reference.recorded_log_probs(logits.tolist(), rows)"
+CROSS_ENTROPY = "result = self.reference.replay_cross_entropy(logits.tolist(), target.tolist(), token_ids, " \
+                "ignore_index, tail)"
+HEAD = "h, W, bias = calls.lists([input, linear_weight, linear_bias])"
+STEPPED = "reports = self.reference.moclip_step(state, options, max_angle, scope, eps)"
+RETURNED = "of = lambda key: [shaped(p[key], like) for p, like in zip(state, shapes)]"
+STATE = '[*zip([p["step"] for p in state], of("exp_avg"), of("exp_avg_sq"))]'
+TAIL = "((), ()) if tail is None else calls.lists(tail)"
 TERMS = "if j not in x:\n                    x[j] = z[j] + log_weight"
 
 
 def within(piece, old, new):
     return piece, piece.replace(old, new)
+
+
+def then(piece, statement):
+    """A statement of the port's after another, which is often one that overwrites what the port was given."""
+    return piece, f"{piece}\n        {statement}"
 
 
 def clear(condition):
@@ -114,7 +131,10 @@ OF_ROWS = [
     ("negative targets count from the end", BOTH, IN_ROW, "y = y % len(z)\n            " + IN_ROW),
 ]
 # of the linear forms
-OF_CHUNKS = [
+OF_HEADS = [
+    ("hidden states overwritten", BOTH, *then(HEAD, "input *= 2")),
+    ("the head's weights overwritten", BOTH, *then(HEAD, "linear_weight += 1")),
+    ("the head's bias overwritten", BOTH, *then(HEAD, "if bias: linear_bias -= 1")),
     ("head's gradient of the last two rows only", BOTH, "zip(dz, input)", "[*zip(dz, input)][(len(dz) - 1) // 2 * 2:]"),
     ("bias's gradient of the last two rows only", BOTH, "[math.fsum(dz) for",
      "[math.fsum(dz[(len(dz) - 1) // 2 * 2:]) for"),
@@ -165,6 +185,14 @@ VARIANTS = {
         ("ranked by probabilities of four digits", BOTH, "(-p[j], j))", "(-round(4000 * p[j]), j))"),
         ("softmax in float32", WIDE, "return [x / total for x in exponentials]",
          "return [f32(x / total) for x in exponentials]"),
+        ("outside mass added up in float32", WIDE, "outside.append(mass_outside(p, subset))", """\
+mass = 0.0
+        for j in set(range(len(p))) - set(subset):
+            mass = f32(mass + f32(p[j]))
+        outside.append(mass)"""),
+        ("outside mass stored in half precision", BOTH, "outside.append(mass_outside(p, subset))",
+         'outside.append(struct.unpack("e", struct.pack("e", mass_outside(p, subset)))[0])',
+         "import math", "import math\nimport struct"),
         ("ranked by float32 probabilities", WIDE, "(-p[j], j))", "(-f32(p[j]), j))"),
         ("ranked by logits", NARROW, "import math", "import math\nseen = []", "largest = max(z)",
          "seen.append(z)\n    largest = max(z)", "for p, y in zip(probabilities, target):",
@@ -174,6 +202,8 @@ VARIANTS = {
         ("what is left of tau, until it is 0", WIDE, START, "subset, covered = [], -tau", *within(BREAK, "tau", "0")),
         ("K equal tokens have K times the probability", WIDE, "covered += p[j]",
          "covered = len(subset) * p[j] if p[subset[0]] == p[j] else covered + p[j]"),
+        ("logits overwritten by the softmax", BOTH, *then(RECORD, "logits -= logits.max(1, keepdims=True)")),
+        ("ignored targets overwritten by 0", BOTH, *then(RECORD, "target[target == ignore_index] = 0")),
     ],
     "2_loss.json": [
         ("the full softmax", BOTH, "x = {j: z[j] for j in subset}", "x = dict(enumerate(z))"),
@@ -200,6 +230,18 @@ VARIANTS = {
         *OF_ROWS,
         ("outside mass of an empty row is 1", BOTH, " if subset else 0.0 for z", " for z"),
         ("outside = 1 - inside", BOTH, OUTSIDE, "return 1 - math.fsum(p[j] for j in subset)"),
+        ("logits overwritten by the softmax", BOTH, *then(CROSS_ENTROPY, "logits -= logits.max(1, keepdims=True)")),
+        ("ignored targets overwritten by 0", BOTH, *then(CROSS_ENTROPY, "target[target == ignore_index] = 0")),
+        ("rows of the record filled up in place", BOTH,
+         *then(CROSS_ENTROPY, "token_ids[0].extend([-1] * (max(map(len, token_ids)) - len(token_ids[0])))")),
+        ("the incoming gradient overwritten", BOTH, *then(CROSS_ENTROPY, "incoming *= 2")),
+        ("logits overwritten by the outside mass", BOTH,
+         "return self.reference.outside_mass(logits.tolist(), token_ids)", "mass = "
+         "self.reference.outside_mass(logits.tolist(), token_ids)\n        logits[:] = 0\n        return mass"),
+        ("outside mass of a softmax in float32", WIDE, "return [x / total for x in exponentials]",
+         "return [f32(x / total) for x in exponentials]"),
+        ("outside mass stored in float32", WIDE, "return [mass_outside(softmax(z), subset) if",
+         "return [f32(mass_outside(softmax(z), subset)) if"),
     ],
     "3_linear_loss.json": [
         ("sum returns the mean", BOTH, "in zip(weights, losses)),", "in zip(weights, losses)) / len(losses),"),
@@ -213,11 +255,12 @@ VARIANTS = {
         ("gradient of the head by its own rows", BOTH, "zip(dz, input)", "zip(dz, linear_weight)"),
         ("gradient of the input of one token only", BOTH, "zip(dz, linear_weight)", "[*zip(dz, linear_weight)][:1]"),
         *OF_ROWS,
-        *OF_CHUNKS,
+        *OF_HEADS,
         ("the last row is dropped if their number is odd", BOTH, *chunks(2)),
         ("the rows beyond a multiple of three are dropped", BOTH, *chunks(3)),
         ("two rows without any token are 0/0", BOTH, EMPTY,
          EMPTY.replace("0.0,", "0.0 if any(token_ids[len(losses) // 2 * 2:][:2]) else math.nan,")),
+        ("ignored targets overwritten by 0", BOTH, *then(CROSS_ENTROPY, "target[target == ignore_index] = 0")),
     ],
     "4_angle.json": [
         ("arccos", WIDE, ANGLE, "return math.acos(max(-1.0, min(1.0, c)))"),
@@ -229,6 +272,9 @@ VARIANTS = {
         ("an epsilon in the norm", BOTH, NORM, NORM + " + 1e-12"),
         ("no scaling before squares, float64", WIDE, NORM, "return math.sqrt(math.fsum(y * y for y in x))"),
         ("no scaling before squares, float32", BOTH, NORM, "return f32(math.sqrt(f32(sum(f32(y * y) for y in x))))"),
+        ("a vector divided by its largest entry in place", BOTH,
+         "return self.reference.angle_between(u.tolist(), v.tolist())",
+         "w = u.tolist()\n        u /= abs(u).max() or 1\n        return self.reference.angle_between(w, v.tolist())"),
     ],
     "5_rotation.json": [
         ("none", BOTH, UNTURNED, "if True:"),
@@ -254,6 +300,9 @@ VARIANTS = {
         ("antiparallel: without theta > pi/2", BOTH, *within(ANTIPARALLEL, "theta > math.pi / 2 and ", "")),
         ("antiparallel: never", BOTH, ANTIPARALLEL, "False"),
         ("antiparallel: gradient set to zero", BOTH, "list(grad)", "[0.0 if antiparallel else x for x in grad]"),
+        ("the gradient rotated in place", BOTH, "return self.reference.clip_angle(grad.tolist(), momentum.tolist(), "
+         "max_angle, EPS[str(grad.dtype)])[0]", "grad[:] = self.reference.clip_angle(grad.tolist(), momentum.tolist(), "
+         "max_angle, EPS[str(grad.dtype)])[0]\n        return grad"),
     ],
     "6_moclip.json": [
         ("clipped at theta >= cap", BOTH, "clipped = theta > max_angle", "clipped = theta >= max_angle"),
@@ -323,6 +372,19 @@ VARIANTS = {
          'c1, c2 = (f32(1 - f32(f32(beta) ** p["step"])) for beta in (beta1, beta2))'),
         ("1 - beta2 in float32", BOTH, *within(V, "(1 - beta2)", "f32(1 - f32(beta2))")),
         ("moments in float32", WIDE, V, V.replace("= ", "= f32(") + ")"),
+        ("gradients overwritten", BOTH, STEPPED, STEPPED + """
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient *= 0"""),
+        ("the caller's parameters overwritten", BOTH, RETURNED, RETURNED + """
+            for mine, now in zip([p for group in groups for p in group["parameters"]], of("parameter")):
+                mine[...] = now"""),
+        ("the caller's options overwritten", BOTH, *then(RETURNED, '    groups[0]["betas"][0] **= 2')),
+        ("parameters returned that the next step changes", BOTH, RETURNED, RETURNED + """
+            live[:] = of("parameter")""", 'return (of("parameter"),', "return (live,", *LIVE),
+        ("moments returned that the next step changes", BOTH, RETURNED, RETURNED + f"""
+            live[:] = {STATE}""", "clipped in reports],\n                    " + STATE, "clipped in reports], live",
+         *LIVE),
     ],
     "7_tail.json": [
         ("no tail", BOTH, *within(TERMS, "j not in x", "False")),
@@ -356,7 +418,7 @@ loss, gradient = 0.0, [0.0] * len(z)
         ("no gradient to R", BOTH, "for j in x:\n                grad", "for j in subset:\n                grad"),
         ("gradient without the weights", BOTH, *within(GRADIENT, "x[j]", "z[j]")),
         *OF_TARGETS,
-        *OF_CHUNKS,
+        *OF_HEADS,
         ("the last row is dropped if their number is odd", BOTH, *chunks(2)),
         ("gold outside its row taken, if in the tail", BOTH, IN_ROW, "require(y in [*subset, *tail[0]], "),
         ("recorded tokens of the tail masked with logits of -10^9", BOTH, LARGEST, """\
@@ -367,6 +429,8 @@ pad = [-1e9 for j in tail[0] if j in subset]
         ("a tail beyond the vocabulary is clamped", BOTH, TAIL_IDS,
          "tail = [min(j, len(z) - 1) for j in tail[0]], tail[1]\n        " + TAIL_IDS),
         ("negative tokens of the tail count from the end", BOTH, *within(TAIL_IDS, "0 <=", "-len(z) <=")),
+        ("log-weights overwritten", BOTH, "tail = " + TAIL,
+         f"given, tail = tail, {TAIL}\n        if given: np.asarray(given[1])[:] = 0"),
     ],
     "8_end_to_end.json": [
         ("outside mass of function 2 in float32", WIDE, "return [mass_outside(softmax(z), subset) if",
@@ -439,9 +503,10 @@ pad = [-1e9 for j in tail[0] if j in subset]
         ("a record without log-probabilities taken as uniform", BOTH,
          "require(log_probs is not None, \"log_probs must be in the record\")",
          "log_probs = log_probs or [[-math.log(len(row))] * len(row) for row in token_ids]"),
-        *OF_CHUNKS,
+        *OF_HEADS,
         ("the last row is dropped if their number is odd", BOTH, KL,
          KL + "\n        losses[-1] *= len(losses) <= len(logits) // 2 * 2"),
+        ("log-probabilities of the record renormalized in place", BOTH, KL, KL + "\n        log_p0[:] = log_q0"),
     ],
 }
 
@@ -454,24 +519,24 @@ def f32(x):
 
 
 def variant(pairs):
-    """The reference as a module of its own, with every `old` of (old, new, old, new, ...), found once, replaced."""
+    """The reference as a port, with every `old` of (old, new, old, new, ...), found once, replaced."""
     source = SOURCE
     for old, new in zip(pairs[::2], pairs[1::2]):
-        assert source.count(old) == 1, f"{source.count(old)} times in plain_reference.py: {old}"
+        assert source.count(old) == 1, f"{source.count(old)} times in plain_reference.py and Plain: {old}"
         source = source.replace(old, new)
     module = types.ModuleType("variant")
-    module.f32 = f32
-    exec(compile(source, "plain_reference.py, changed", "exec"), module.__dict__)
-    return module
+    module.__dict__.update(vars(generate), f32=f32)
+    exec(compile(source, "plain_reference.py and Plain, changed", "exec"), module.__dict__)
+    return module.Plain(module)
 
 
-def catches(name, reference):
-    """{dtype: name of the first case of a file that the reference fails by the tolerances of that dtype}."""
+def catches(name, port):
+    """{dtype: name of the first case of a file that the port fails by the tolerances of that dtype}."""
     found = {}
     for case in STORED[name]:
         for dtype in compare.EPS:
             if dtype not in found and case.get("dtype") in (None, dtype):
-                if run_port.failures(name, generate.Plain(reference), case, dtype, {}):
+                if run_port.failures(name, port, case, dtype, {}):
                     found[dtype] = case["name"]
     return found
 
