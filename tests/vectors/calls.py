@@ -91,7 +91,8 @@ def moclip(port, case, array):
         copies.append(lists(returned[-1]))
     if repr(lists(returned)) != repr(copies):  # as text, in which nan equals nan
         raise RuntimeError("a later step overwrote what step had returned")
-    return {"steps": [dict(zip(("parameters", "angle", "clipped"), each)) for each in copies],
+    steps = [{"angle": angle, "clipped": clipped, "parameters": parameters} for parameters, angle, clipped, _ in copies]
+    return {"steps": steps,
             "final": [dict(zip(("step", "exp_avg", "exp_avg_sq"), each)) for each in copies[-1][3]]}
 
 

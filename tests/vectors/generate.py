@@ -180,6 +180,8 @@ def linear_inputs():
         ("refused: gold is the last token, outside a row that is filled up", head, [5, *target[1:]], rows),
         ("refused: a target beyond the vocabulary", head, [*target[:-1], 6], rows),
         ("refused: a negative target, the last token if counted from the end", head, [*target[:-1], -1], rows),
+        ("only ignored rows: the mean is 0/0, its gradient 0", head, [-100] * 7, [[]] * 7),
+        ("ignored targets with rows that are not empty", head, [2, *[-100] * 6], rows),
     ]
     for name, head, target, rows in cases:
         yield dict(name=name, **head, target=target, token_ids=rows, ignore_index=-100, incoming=INCOMING[:len(target)])
@@ -388,6 +390,13 @@ def tail_inputs():
         ("refused: a token of the tail twice", a, target, rows, [2, 4, 4], [1.0, 0.5, 0.5]),
         ("refused: a token of the tail beyond the vocabulary", a, target, rows, [2, V], [1.0, 0.5]),
         ("refused: a negative token of the tail", a, target, rows, [-1, 2], [1.0, 0.5]),
+        ("refused: gold is token 0, outside a row that is filled up", head, [0, *few[1:]], short, [3], [0.5]),
+        ("refused: gold is the last token, outside a row that is filled up", head, [5, *few[1:]], short, [3], [0.5]),
+        ("refused: a target beyond the vocabulary", head, [*few[:-1], 6], short, [3], [0.5]),
+        ("refused: a negative target, the last token if counted from the end", head, [*few[:-1], -1], short, [3],
+         [0.5]),
+        ("ignored targets with rows that are not empty, a tail beside them", head, [2, *[-100] * 6], short, [1, 3],
+         [0.5, 1.0]),
     ]
     cases = [(*case, own if case[-1] is None else None) for case in cases]
     cases += [(*case[:4], -100, None, dict(zip(("token_ids", "log_weight"), case[4:]))) for case in given]
@@ -456,12 +465,23 @@ def anchor_inputs():
         ("refused: a row with fewer log-probabilities than tokens", model, rows, [[-1.0, -1.5], *log_p[1:]], None),
         ("refused: a row with more log-probabilities than tokens", model, rows, [[*log_p[0], -9.0], *log_p[1:]], None),
         ("refused: probabilities of a row that add up to 1.05", model, rows, [[-1.046875] * 3, *log_p[1:]], None),
+        ("refused: a row that is not in the batch, of probabilities that add up to more than 1", model[:2], rows,
+         [*log_p[:3], [-0.5, -0.5]], [2, 0]),
+        ("refused: a row that is not in the batch, with fewer log-probabilities than tokens", model[:2], rows,
+         [log_p[0], [], *log_p[2:]], [2, 0]),
     ]
     for name, logits, token_ids, log_probs, positions in cases:
         yield anchor_case(name, dict(logits=logits), len(logits), token_ids, log_probs, positions)
+    near, head, token_ids, log_probs = nearly_equal()
+    close = "a divergence that rounding hides, perhaps below 0, and a gradient that it does not"
+    yield anchor_case(close, near, 12, token_ids, log_probs, None) | {"incoming": [64.0] * 12}
+    yield anchor_case(f"the linear form, {close}", head, 12, token_ids, log_probs, None) | {"incoming": [64.0] * 12}
     with_bias, without = random_head(rng, 4, V, 3, True), random_head(rng, 4, V, 3, False)
     many, _, short = seven(rng)
+    few = random_head(random.Random(10), 2, V, 3, True)
     far, _, beside = far_below()
+    lengths, ones = [[0], [], [0, 1, 2, 3, 4, 5], [5], [], [2, 3], [3]], [[0], [5], [2], [0], [4], [5], [1]]
+    steep = dict(input=[[1.0], [4.0]], linear_weight=[[1.0], [0.0], [10.0]], linear_bias=None)
     cases = [
         ("the linear form", with_bias, rows, log_p, None),
         ("the linear form without bias, some rows, repeats", without, gaps, said(base, gaps), [3, 1, 0, 3]),
@@ -472,9 +492,37 @@ def anchor_inputs():
         ("the linear form, refused: probabilities of a row that add up to more than 1", with_bias, rows,
          [[-0.5, -1.0, -0.5], *log_p[1:]], None),
         ("the linear form, refused: a record without log-probabilities", with_bias, rows, None, None),
+        ("the linear form, rows of one token beside one of all and empty ones", many, lengths,
+         said([normal(rng, 6, 2.0) for _ in lengths], lengths), None),
+        ("the linear form, only rows of one token: 0", many, ones, [[-0.5]] * 7, None),
+        ("the linear form, only empty rows: the mean is 0/0, its gradient 0", many, [[]] * 7, [[]] * 7, None),
+        ("the linear form, a recorded probability of 0 adds 0, one of today is e^-40", steep, [[0, 1], [1, 2]],
+         [[0.0, -1000.0], [-1.0, -2.0]], None),
+        ("the linear form, large logits: their difference is exact, minus log-sum-exp it is not", equal_but_one(4),
+         [[0, 1, 2]], [[-1.0, -2.0, -3.0]], None),
+        ("the linear form, refused: a positive log-probability", with_bias, rows, [log_p[0], [0.5], *log_p[2:]], None),
+        ("the linear form, refused: a row with fewer log-probabilities than tokens", with_bias, rows,
+         [[-1.0, -1.5], *log_p[1:]], None),
+        ("the linear form, refused: a row that is not in the batch, of probabilities that add up to more than 1",
+         few, rows, [*log_p[:3], [-0.5, -0.5]], [2, 0]),
+        ("the linear form, refused: a row that is not in the batch, with fewer log-probabilities than tokens", few,
+         rows, [log_p[0], [], *log_p[2:]], [2, 0]),
     ]
     for name, head, token_ids, log_probs, positions in cases:
         yield anchor_case(name, head, len(head["input"]), token_ids, log_probs, positions)
+
+
+def nearly_equal():
+    """A model that differs by little from the recording one: dense, linear, the record's rows and log-probabilities."""
+    z, log_probs = [0.0, -0.5, -3.0, 0.75, 0.0], []
+    steps = [2.0**-12, -2.0**-13, 2.0**-29, -2.0**-30]  # token 0's logit is up by one of them
+    token_ids = [row for row in ([0, 4], [0, 1, 2], [0, 3]) for _ in steps]
+    for row in token_ids:
+        log_probs.append([z[j] - 2.0 for j in row])
+    dense = dict(logits=[[step, *z[1:]] for step in steps * 3])
+    head = dict(input=[[1.0, step] for step in steps * 3], linear_weight=[[x, 0.0] for x in z], linear_bias=None)
+    head["linear_weight"][0][1] = 1.0
+    return dense, head, token_ids, log_probs
 
 
 def anchor_case(name, inputs, N, token_ids, log_probs, positions):
@@ -557,8 +605,7 @@ class Plain:
         return step
 
     def replay_kl_div(self, logits, token_ids, log_probs, positions, reduction, incoming):
-        if log_probs is not None:
-            token_ids, log_probs = self.reference.select(token_ids, log_probs, positions)
+        token_ids, log_probs = self.reference.select(token_ids, log_probs, positions)
         result = self.reference.replay_kl_div(logits.tolist(), token_ids, log_probs)
         return self.reduced(*result, [len(row) > 0 for row in token_ids], reduction, incoming)
 
