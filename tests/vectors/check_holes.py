@@ -25,6 +25,7 @@ BREAK = "if covered >= tau or len(subset) == max_size:"
 START = "subset, covered = [], 0.0"
 POP = "            if len(subset) == max_size:\n                subset.pop()\n"
 VALID = "require(0 <= y < len(p)"
+MASS = "outside.append(mass_outside(p, subset))"
 OUTSIDE = "return math.fsum(x for j, x in enumerate(p) if j not in inside)"
 SCORED = "if y != ignore_index:\n            require"
 LOSS = "loss = (largest - z[y]) + math.log(total)"
@@ -70,14 +71,21 @@ LENGTHS = "require([*map(len, log_probs)] == [*map(len, token_ids)]"
 RECORDED = "[[log_p[j] for j in subset]"
 PICKED = "return [token_ids[t] for t in positions], [log_probs[t] for t in positions]"
 UPDATE = 'math.atan2(m[k] / c1, o["b"] * math.sqrt(v[k] / c2))'
+REPORT = "reports.append((theta, clipped))"
+M_NEXT = "m[k] = beta1 * before + (1 - beta1) * x"
+R_LENGTH = "r_length = norm(r)"
 GOLDS = "golds = {y for y in target if y != ignore_index}"
 UNION = "R = sorted(golds | set(chosen))"
 LOG_WEIGHT = "math.log((vocab_size - len(golds)) / len(chosen))"
 # pieces of the port
+SELECTED = "token_ids, log_probs = self.reference.select(token_ids, log_probs, positions)"
 LIVE = "for p in shapes]\n\n        def step", "for p in shapes]\n        live = []\n\n        def step"
 RECORD = "log_probs = self.reference.recorded_log_probs(logits.tolist(), rows)"
 CROSS_ENTROPY = "result = self.reference.replay_cross_entropy(logits.tolist(), target.tolist(), token_ids, " \
                 "ignore_index, tail)"
+LOGITS_IN_FLOAT32 = ("return [[math.fsum(a * b for a, b in zip(h, w)) + c",
+                     "return [[f32(math.fsum(a * b for a, b in zip(h, w)) + c)")
+D_WEIGHT = "math.fsum(x * h[i] for x, h in zip(dz, input))"
 HEAD = "h, W, bias = calls.lists([input, linear_weight, linear_bias])"
 STEPPED = "reports = self.reference.moclip_step(state, options, max_angle, scope, eps)"
 RETURNED = "of = lambda key: [shaped(p[key], like) for p, like in zip(state, shapes)]"
@@ -251,6 +259,18 @@ ANCHOR = [
     ("the last row is dropped if their number is odd", BOTH, KL,
      KL + "\n        losses[-1] *= len(losses) <= len(logits) // 2 * 2"),
     ("log-probabilities of the record renormalized in place", BOTH, KL, KL + "\n        log_p0[:] = log_q0"),
+    ("ids of the first rows, log-probabilities of those selected", BOTH,
+     *within(PICKED, "[token_ids[t] for t in positions]", "token_ids[:len(positions)]")),
+    ("mean over the rows of the record", BOTH, "[len(row) > 0 for row in token_ids], reduction, incoming)",
+     "[len(row) > 0 for row in whole], reduction, incoming)", SELECTED, "whole = token_ids\n        " + SELECTED),
+    ("mean over distinct positions", BOTH, "[len(row) > 0 for row in token_ids], reduction, incoming)",
+     "[len(row) > 0 and t not in positions[:i] for i, (t, row) in enumerate(zip(positions, token_ids))], "
+     "reduction, incoming)"),
+    ("q0 in float32", WIDE, *within(LOG_Q, "log_softmax(log_p0)", "[f32(x) for x in log_softmax(log_p0)]")),
+    ("an epsilon of 1e-12 in the logarithm of q1", BOTH, *within(KL, "- b)", "- math.log(math.exp(b) + 1e-12))")),
+    ("log q1 at least -100", BOTH, *within(KL, "- b)", "- max(b, -100.0))")),
+    ("weighted with the recorded mass inside", BOTH, KL,
+     KL + "\n        losses[-1] *= math.fsum(map(math.exp, log_p0))"),
     ("a bad row outside the batch taken: probabilities above 1", BOTH,
      *within(SUMS, "in log_probs)", "in [log_probs[t] for t in positions])")),
     ("a bad row outside the batch taken: too few log-probabilities", BOTH, LENGTHS,
@@ -303,12 +323,12 @@ VARIANTS = {
         ("ranked by probabilities of four digits", BOTH, "(-p[j], j))", "(-round(4000 * p[j]), j))"),
         ("softmax in float32", WIDE, "return [x / total for x in exponentials]",
          "return [f32(x / total) for x in exponentials]"),
-        ("outside mass added up in float32", WIDE, "outside.append(mass_outside(p, subset))", """\
+        ("outside mass added up in float32", WIDE, MASS, """\
 mass = 0.0
         for j in set(range(len(p))) - set(subset):
             mass = f32(mass + f32(p[j]))
         outside.append(mass)"""),
-        ("outside mass stored in half precision", BOTH, "outside.append(mass_outside(p, subset))",
+        ("outside mass stored in half precision", BOTH, MASS,
          'outside.append(struct.unpack("e", struct.pack("e", mass_outside(p, subset)))[0])',
          "import math", "import math\nimport struct"),
         ("ranked by float32 probabilities", WIDE, "(-p[j], j))", "(-f32(p[j]), j))"),
@@ -322,6 +342,15 @@ mass = 0.0
          "covered = len(subset) * p[j] if p[subset[0]] == p[j] else covered + p[j]"),
         ("logits overwritten by the softmax", BOTH, *then(RECORD, "logits -= logits.max(1, keepdims=True)")),
         ("ignored targets overwritten by 0", BOTH, *then(RECORD, "target[target == ignore_index] = 0")),
+        ("the running sum goes on from row to row", BOTH, "token_ids, outside = [], []\n",
+         "token_ids, outside, covered = [], [], 0.0\n", START, "subset = []"),
+        ("gold displaces the most probable token", BOTH, "subset.pop()", "subset.pop(0)"),
+        ("all tokens but one at most", BOTH, *within(BREAK, "== max_size", "in (max_size, max(1, len(p) - 1))")),
+        ("an outside mass below 1e-12 is 0", BOTH, MASS, MASS + "\n        outside[-1] *= outside[-1] > 1e-12"),
+        ("the outside mass before gold is added", BOTH, "        " + MASS + "\n    return", "    return",
+         "if y not in subset:\n", MASS + "\n        if y not in subset:\n"),
+        ("ties within 1e-7", BOTH, "(-p[j], j))", "(-round(p[j], 7), j))"),
+        ("tau less a tolerance of 1e-12", BOTH, *within(BREAK, "tau", "tau - 1e-12")),
     ],
     "2_loss.json": [
         ("the full softmax", BOTH, "x = {j: z[j] for j in subset}", "x = dict(enumerate(z))"),
@@ -347,6 +376,16 @@ mass = 0.0
          "return [f32(x / total) for x in exponentials]"),
         ("outside mass stored in float32", WIDE, "return [mass_outside(softmax(z), subset) if",
          "return [f32(mass_outside(softmax(z), subset)) if"),
+        ("an ignored row has the softmax's gradient", BOTH, EMPTY, EMPTY + """
+        if y == ignore_index:
+            for j, q in zip(subset, softmax([z[j] for j in subset]) if subset else []):
+                gradient[j] = q"""),
+        ("the gold logit by its id as a place in the row", BOTH, *within(LOSS, "z[y]", "z[subset[y % len(subset)]]")),
+        ("an epsilon of 1e-12 in the logarithm", WIDE, *within(LOSS, "(total)", "(total + 1e-12)")),
+        ("a loss of 16 at most", BOTH, LOSS, LOSS + "\n            loss = min(loss, -math.log(1e-7))"),
+        ("the gradient in float32", WIDE, GRADIENT, "gradient[j] = f32(math.exp(x[j] - largest) / total) - (j == y)"),
+        ("mean over the rows that are not empty", BOTH,
+         "[y != ignore_index for y in target.tolist()]", "[len(row) > 0 for row in token_ids]"),
     ],
     "3_linear_loss.json": [
         ("sum returns the mean", BOTH, "in zip(weights, losses)),", "in zip(weights, losses)) / len(losses),"),
@@ -361,6 +400,13 @@ mass = 0.0
         ("two rows without any token are 0/0", BOTH, EMPTY,
          EMPTY.replace("0.0,", "0.0 if any(token_ids[len(losses) // 2 * 2:][:2]) else math.nan,")),
         ("ignored targets overwritten by 0", BOTH, *then(CROSS_ENTROPY, "target[target == ignore_index] = 0")),
+        ("logits in float32", WIDE, *LOGITS_IN_FLOAT32),
+        ("the head's gradient in float32", WIDE, D_WEIGHT, f"f32({D_WEIGHT})"),
+        ("the head's gradient of a token's last row only", BOTH, D_WEIGHT,
+         "([x * h[i] for x, h in zip(dz, input) if x] or [0.0])[-1]"),
+        ("weights of eight digits, as in bfloat16", BOTH,
+         *then(HEAD, "W = [[x - math.remainder(x, 2.0**(math.frexp(x)[1] - 8)) for x in row] for row in W]")),
+        ("the bias has a gradient where there is none", BOTH, "None if bias is None else d_bias", "d_bias"),
     ],
     "4_angle.json": [
         ("arccos", WIDE, ANGLE, "return math.acos(max(-1.0, min(1.0, c)))"),
@@ -375,6 +421,12 @@ mass = 0.0
         ("a vector divided by its largest entry in place", BOTH,
          "return self.reference.angle_between(u.tolist(), v.tolist())",
          "w = u.tolist()\n        u /= abs(u).max() or 1\n        return self.reference.angle_between(w, v.tolist())"),
+        ("twice the arcsin of half the chord", WIDE, ANGLE,
+         "return 2 * math.asin(min(1.0, norm([a - b for a, b in zip(u, v)]) / 2))"),
+        ("the sine from the cosine", WIDE, ANGLE, "return math.atan2(math.sqrt(max(0.0, 1 - c * c)), c)"),
+        ("vectors shorter than 1e-30 are zero", BOTH, "if norm(u) == 0 or norm(v) == 0:",
+         "if norm(u) < 1e-30 or norm(v) < 1e-30:"),
+        ("in float32", WIDE, ANGLE, ANGLE.replace("return ", "return f32(") + ")"),
     ],
     "5_rotation.json": [
         ("none", BOTH, UNTURNED, "if True:"),
@@ -403,6 +455,14 @@ mass = 0.0
         ("the gradient rotated in place", BOTH, "return self.reference.clip_angle(grad.tolist(), momentum.tolist(), "
          "max_angle, EPS[str(grad.dtype)])[0]", "grad[:] = self.reference.clip_angle(grad.tolist(), momentum.tolist(), "
          "max_angle, EPS[str(grad.dtype)])[0]\n        return grad"),
+        ("clipped at 1e-6 above the cap", WIDE, "clipped = theta > max_angle", "clipped = theta > max_angle + 1e-6"),
+        ("in float32", WIDE, "return rotated, theta", "return [f32(x) for x in rotated], theta"),
+        ("an epsilon of 1e-12 in the length of the orthogonal part", BOTH, R_LENGTH,
+         "r_length = (norm(r) * length + 1e-12) / length"),
+        ("a zero momentum gives zero", BOTH, UNTURNED, """\
+if norm(momentum) == 0:
+        return [0.0] * len(grad), theta, clipped, antiparallel
+    """ + UNTURNED),
     ],
     "6_moclip.json": [
         ("clipped at theta >= cap", BOTH, "clipped = theta > max_angle", "clipped = theta >= max_angle"),
@@ -485,6 +545,40 @@ mass = 0.0
         ("moments returned that the next step changes", BOTH, RETURNED, RETURNED + f"""
             live[:] = {STATE}""", "clipped in reports],\n                    " + STATE, "clipped in reports], live",
          *LIVE),
+        ("bias corrections swapped", BOTH, *within(C1C2, "c1, c2", "c2, c1")),
+        ("the angle with momenta after their bias corrections", BOTH, M, """\
+        m = [x / (1 - o["betas"][0] ** max(1, p["step"])) for p, o in members for x in p["exp_avg"]]"""),
+        ("decay times a", BOTH, *within(DECAY, 'o["lr"]', 'o["a"] * o["lr"]')),
+        ("a momentum of zero after a restart", BOTH, M_NEXT, M_NEXT + " * (not antiparallel)"),
+        ("a momentum of the whole gradient after a restart", BOTH, M_NEXT, M_NEXT + " / (1 - beta1 * antiparallel)"),
+        ("a restart of the first bias correction", BOTH, C1C2, """\
+p["since"] = 1 if antiparallel else p.get("since", 0) + 1
+            c1, c2 = 1 - beta1 ** p["since"], 1 - beta2 ** p["step"]"""),
+        ("an antiparallel gradient is not reported as clipped", BOTH, REPORT,
+         "reports.append((theta, clipped and not antiparallel))"),
+        ("the angle after the rotation is reported", BOTH, REPORT, "reports.append((min(theta, max_angle), clipped))"),
+        ("an angle of 0 is reported where there is none", BOTH, "    return reports",
+         "    return reports or [(0.0, False)]"),
+        ("a zero gradient taken as missing", BOTH, *within(ACTIVE, "is not None]", 'and any(p["gradient"])]')),
+        ("an empty parameter taken as missing", BOTH, *within(ACTIVE, "is not None]", 'not in (None, [])]')),
+        ("a second moment of at least 1e-38", WIDE, *within(UPDATE, "v[k] / c2", "max(v[k] / c2, 1e-38)")),
+        ("parameters in float32", WIDE, 'w[k] = decay * w[k] - o["lr"] * update',
+         'w[k] = f32(decay * w[k] - o["lr"] * update)'),
+        ("the arguments of atan2 swapped", BOTH, UPDATE, 'math.atan2(o["b"] * math.sqrt(v[k] / c2), m[k] / c1)'),
+        ("the gradient once more in the first moment, as by Nesterov", BOTH,
+         *within(UPDATE, "m[k] / c1", "(beta1 * m[k] + (1 - beta1) * x) / c1")),
+        ("lr by parameter, not by group", BOTH, STEPPED, STEPPED.replace("reports", """\
+options = [o | {"lr": lrs[min(i, len(lrs) - 1)]} for i, o in enumerate(options)]
+            reports""", 1)),
+        ("no decay of a parameter with one entry", BOTH, DECAY, DECAY + " * (len(w) > 1)"),
+        ("a step without any gradient zeroes the momenta", BOTH, LOOP, """\
+    for p in [] if active else parameters:
+        p["exp_avg"][:] = [0.0] * len(p["exp_avg"])
+""" + LOOP),
+        ("second moments without a gradient shrink", BOTH, LOOP, """\
+    for p, o in zip(parameters, options):
+        p["exp_avg_sq"][:] = [(o["betas"][1] if p["gradient"] is None else 1.0) * x for x in p["exp_avg_sq"]]
+""" + LOOP),
     ],
     "7_tail.json": [
         ("no tail", BOTH, *within(TERMS, "j not in x", "False")),
@@ -531,6 +625,16 @@ pad = [-1e9 for j in tail[0] if j in subset]
         ("negative tokens of the tail count from the end", BOTH, *within(TAIL_IDS, "0 <=", "-len(z) <=")),
         ("log-weights overwritten", BOTH, "tail = " + TAIL,
          f"given, tail = tail, {TAIL}\n        if given: np.asarray(given[1])[:] = 0"),
+        ("logits in float32", WIDE, *LOGITS_IN_FLOAT32),
+        ("M0 / size in whole numbers", BOTH, *within(LOG_WEIGHT, "/", "//")),
+        ("log-weights in float64", WIDE, "return ids, [float32(x) for x in log_weight]", "return ids, log_weight"),
+        ("a token of R that any row has recorded is left out", BOTH,
+         *within(TERMS, "j not in x:", "j not in {*x, *(i for row in token_ids for i in row)}:")),
+        ("weights in the order of R without S_t", BOTH, "for j, log_weight in zip(*tail):",
+         "for j, log_weight in zip([j for j in tail[0] if j not in x], tail[1]):"),
+        ("log-weights of 10 at most", BOTH, *within(TERMS, "log_weight", "min(log_weight, 10.0)")),
+        ("log-weights of -10 at least", BOTH, *within(TERMS, "log_weight", "max(log_weight, -10.0)")),
+        ("no tail for a row of one token", BOTH, *within(TERMS, "j not in x:", "j not in x and len(subset) > 1:")),
     ],
     "8_end_to_end.json": [
         ("outside mass of function 2 in float32", WIDE, "return [mass_outside(softmax(z), subset) if",
@@ -544,9 +648,10 @@ pad = [-1e9 for j in tail[0] if j in subset]
         ("the record in bits", BOTH, RECORDED, "[[log_p[j] / math.log(2) for j in subset]"),
         ("the record of logits less their maximum", BOTH, RECORDED, "[[log_p[j] - max(log_p) for j in subset]"),
         ("the record of probabilities at least 1e-38", BOTH, RECORDED, "[[max(log_p[j], -87.5) for j in subset]"),
+        ("log-probabilities in float64", WIDE, "[[float32(x) for x in row] for row in log_probs]", "log_probs"),
     ],
     "9_anchor.json positions logits": ANCHOR,
-    "9_anchor.json positions input": [*ANCHOR, *OF_HEADS],
+    "9_anchor.json positions input": [*ANCHOR, *OF_HEADS, ("logits in float32", WIDE, *LOGITS_IN_FLOAT32)],
 }
 
 
