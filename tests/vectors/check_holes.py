@@ -80,6 +80,7 @@ LOG_WEIGHT = "math.log((vocab_size - len(golds)) / len(chosen))"
 # pieces of the port
 SELECTED = "token_ids, log_probs = self.reference.select(token_ids, log_probs, positions)"
 LIVE = "for p in shapes]\n\n        def step", "for p in shapes]\n        live = []\n\n        def step"
+TOPK = "rows, outside = self.reference.record_topk("
 RECORD = "log_probs = self.reference.recorded_log_probs(logits.tolist(), rows)"
 CROSS_ENTROPY = "result = self.reference.replay_cross_entropy(logits.tolist(), target.tolist(), token_ids, " \
                 "ignore_index, tail)"
@@ -101,6 +102,11 @@ def within(piece, old, new):
 def then(piece, statement):
     """A statement of the port's after another, which is often one that overwrites what the port was given."""
     return piece, f"{piece}\n        {statement}"
+
+
+def traced(piece, name, key):
+    """An argument that keeps the value of the first call with such shapes, as if it were compiled in."""
+    return piece, f'{name} = self.__dict__.setdefault("{name}", {{}}).setdefault({key}, {name})\n        {piece}'
 
 
 def then_kl(statement):
@@ -136,6 +142,8 @@ OF_TARGETS = [
     ("short rows filled up with logits of -10^4", BOTH, *filled("-1e4")),
     ("short rows filled up with logits of -10^9", BOTH, *filled("-1e9")),
     ("gold outside its row taken", BOTH, IN_ROW, "require(True, "),
+    ("the record of the first call with these shapes", BOTH, *traced(CROSS_ENTROPY, "token_ids", "logits.shape")),
+    ("ignore_index of the first call with these shapes", BOTH, *traced(CROSS_ENTROPY, "ignore_index", "logits.shape")),
     ("backward ignores the incoming gradient", BOTH,
      "[[w * x for x in row] for w, row in zip(weights, gradients)]", "gradients"),
     ("incoming gradient of the first position for all", BOTH, "[[w * x for x", "[[weights[0] * x for x"),
@@ -259,6 +267,9 @@ ANCHOR = [
     ("the last row is dropped if their number is odd", BOTH, KL,
      KL + "\n        losses[-1] *= len(losses) <= len(logits) // 2 * 2"),
     ("log-probabilities of the record renormalized in place", BOTH, KL, KL + "\n        log_p0[:] = log_q0"),
+    ("positions of the first call with these shapes", BOTH, *traced(SELECTED, "positions", "logits.shape")),
+    ("log-probabilities of the first call with these ids", BOTH,
+     *traced(SELECTED, "log_probs", "(logits.shape, str(token_ids))")),
     ("ids of the first rows, log-probabilities of those selected", BOTH,
      *within(PICKED, "[token_ids[t] for t in positions]", "token_ids[:len(positions)]")),
     ("mean over the rows of the record", BOTH, "[len(row) > 0 for row in token_ids], reduction, incoming)",
@@ -351,6 +362,9 @@ mass = 0.0
          "if y not in subset:\n", MASS + "\n        if y not in subset:\n"),
         ("ties within 1e-7", BOTH, "(-p[j], j))", "(-round(p[j], 7), j))"),
         ("tau less a tolerance of 1e-12", BOTH, *within(BREAK, "tau", "tau - 1e-12")),
+        ("tau of the first call with these shapes", BOTH, *traced(TOPK, "tau", "logits.shape")),
+        ("max_size of the first call with these shapes", BOTH, *traced(TOPK, "max_size", "(logits.shape, tau)")),
+        ("ignore_index of the first call with these shapes", BOTH, *traced(TOPK, "ignore_index", "logits.shape")),
     ],
     "2_loss.json": [
         ("the full softmax", BOTH, "x = {j: z[j] for j in subset}", "x = dict(enumerate(z))"),
@@ -463,6 +477,7 @@ mass = 0.0
 if norm(momentum) == 0:
         return [0.0] * len(grad), theta, clipped, antiparallel
     """ + UNTURNED),
+        ("the cap in float32", WIDE, *within(UNTURNED, "if", "max_angle = f32(max_angle)\n    if")),
     ],
     "6_moclip.json": [
         ("clipped at theta >= cap", BOTH, "clipped = theta > max_angle", "clipped = theta >= max_angle"),
@@ -579,6 +594,25 @@ options = [o | {"lr": lrs[min(i, len(lrs) - 1)]} for i, o in enumerate(options)]
     for p, o in zip(parameters, options):
         p["exp_avg_sq"][:] = [(o["betas"][1] if p["gradient"] is None else 1.0) * x for x in p["exp_avg_sq"]]
 """ + LOOP),
+        ("lr in float32", WIDE, '- o["lr"] * update', '- f32(o["lr"]) * update'),
+        ("beta1 in float32", WIDE, *within(M_NEXT, "beta1 * before", "f32(beta1) * before")),
+        ("a in float32", WIDE, 'o["a"] * math.atan2', 'f32(o["a"]) * math.atan2'),
+        ("weight decay in float32", WIDE, *within(DECAY, 'o["weight_decay"]', 'f32(o["weight_decay"])')),
+        ("bias corrections of the first step for ever", BOTH, *within(C1C2, 'p["step"]', "1")),
+        ("lr of the groups in the opposite order", BOTH, "for group, lr in zip(groups, lrs)",
+         "for group, lr in zip(groups, lrs[::-1])"),
+        ("what has a gradient is decided in the first step", BOTH, STEPPED, """\
+for p in state:
+                if not p.setdefault("mask", p["gradient"] is not None):
+                    p["gradient"] = None
+                elif p["gradient"] is None:
+                    p["gradient"] = [0.0] * len(p["parameter"])
+            """ + STEPPED),
+        ("momenta in another order than the gradients", BOTH, *within(M, "members for", "members[::-1] for")),
+        ("gradients divided by the root of their number, in the angle", BOTH, G, """\
+        g = [x / math.sqrt(len(p["gradient"])) for p, _ in members for x in p["gradient"]]
+"""),
+        ("a restart at any clipped angle above 3", BOTH, BEFORE, "before = 0.0 if clipped and theta > 3 else m[k]"),
     ],
     "7_tail.json": [
         ("no tail", BOTH, *within(TERMS, "j not in x", "False")),
@@ -635,6 +669,8 @@ pad = [-1e9 for j in tail[0] if j in subset]
         ("log-weights of 10 at most", BOTH, *within(TERMS, "log_weight", "min(log_weight, 10.0)")),
         ("log-weights of -10 at least", BOTH, *within(TERMS, "log_weight", "max(log_weight, -10.0)")),
         ("no tail for a row of one token", BOTH, *within(TERMS, "j not in x:", "j not in x and len(subset) > 1:")),
+        ("the tail of the first call with these shapes", BOTH,
+         *traced(CROSS_ENTROPY, "tail", "(logits.shape, len(tail[0]))")),
     ],
     "8_end_to_end.json": [
         ("outside mass of function 2 in float32", WIDE, "return [mass_outside(softmax(z), subset) if",

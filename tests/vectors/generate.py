@@ -187,8 +187,12 @@ def linear_inputs():
         ("ignored targets with rows that are not empty", head, [2, *[-100] * 6], rows),
         ("all digits of float32: products of two have those of float64", every_digit(), [2, 0], [[0, 2], [0, 1, 3]]),
     ]
-    for name, head, target, rows in cases:
-        yield dict(name=name, **head, target=target, token_ids=rows, ignore_index=-100, incoming=INCOMING[:len(target)])
+    cases = [(*case, -100) for case in cases]
+    cases.append(("the shapes of cases above, another record and ignore_index", head, [3, 2, 5, 4, 0, 1, 4],
+                  [[1, 3], [0, 1, 2, 3], [5], [], [0, 5], [1, 2, 3], []], 4))
+    for name, head, target, rows, ignore_index in cases:
+        yield dict(name=name, **head, target=target, token_ids=rows, ignore_index=ignore_index,
+                   incoming=INCOMING[:len(target)])
 
 
 def seven(rng):
