@@ -77,22 +77,22 @@ R_LENGTH = "r_length = norm(r)"
 GOLDS = "golds = {y for y in target if y != ignore_index}"
 UNION = "R = sorted(golds | set(chosen))"
 LOG_WEIGHT = "math.log((vocab_size - len(golds)) / len(chosen))"
-# pieces of the port
+D_WEIGHT = "math.fsum(x * h[i] for x, h in zip(dz, input))"
+LOGITS_IN_FLOAT32 = ("return [[math.fsum(a * b for a, b in zip(h, w)) + c",
+                     "return [[f32(math.fsum(a * b for a, b in zip(h, w)) + c)")
+TERMS = "if j not in x:\n                    x[j] = z[j] + log_weight"
+# and of the port
 SELECTED = "token_ids, log_probs = self.reference.select(token_ids, log_probs, positions)"
 LIVE = "for p in shapes]\n\n        def step", "for p in shapes]\n        live = []\n\n        def step"
 TOPK = "rows, outside = self.reference.record_topk("
 RECORD = "log_probs = self.reference.recorded_log_probs(logits.tolist(), rows)"
 CROSS_ENTROPY = "result = self.reference.replay_cross_entropy(logits.tolist(), target.tolist(), token_ids, " \
                 "ignore_index, tail)"
-LOGITS_IN_FLOAT32 = ("return [[math.fsum(a * b for a, b in zip(h, w)) + c",
-                     "return [[f32(math.fsum(a * b for a, b in zip(h, w)) + c)")
-D_WEIGHT = "math.fsum(x * h[i] for x, h in zip(dz, input))"
 HEAD = "h, W, bias = calls.lists([input, linear_weight, linear_bias])"
 STEPPED = "reports = self.reference.moclip_step(state, options, max_angle, scope, eps)"
 RETURNED = "of = lambda key: [shaped(p[key], like) for p, like in zip(state, shapes)]"
 STATE = '[*zip([p["step"] for p in state], of("exp_avg"), of("exp_avg_sq"))]'
 TAIL = "((), ()) if tail is None else calls.lists(tail)"
-TERMS = "if j not in x:\n                    x[j] = z[j] + log_weight"
 
 
 def within(piece, old, new):
@@ -104,14 +104,14 @@ def then(piece, statement):
     return piece, f"{piece}\n        {statement}"
 
 
+def then_kl(statement):
+    """A statement of the anchor's after a row's loss, before its gradient."""
+    return KL_ROW, f"{KL_ROW}{statement}"
+
+
 def traced(piece, name, key):
     """An argument that keeps the value of the first call with such shapes, as if it were compiled in."""
     return piece, f'{name} = self.__dict__.setdefault("{name}", {{}}).setdefault({key}, {name})\n        {piece}'
-
-
-def then_kl(statement):
-    """The same at the end of a row of the anchor."""
-    return KL_ROW, f"{KL_ROW}{statement}"
 
 
 def clear(condition):
@@ -219,6 +219,11 @@ ANCHOR = [
         gradients[-1][0] += 1e-3 * (max(map(len, token_ids)) - len(subset))""")),
     ("an empty row has the divergence of its filling", BOTH, *then_kl("""
         losses[-1] += (not subset) * math.log(max(1, *map(len, token_ids)))""")),
+    ("an empty row has the first term of the next one, as by reduceat", BOTH, KL_LOOP,
+     "    batch = list(zip(token_ids, log_probs, logits))\n" + KL_LOOP, *then_kl("""
+        after = [row for row in batch[len(losses):] if row[0]]
+        if not subset and after:
+            losses[-1] = log_softmax(after[0][1])[0] - log_softmax([after[0][2][j] for j in after[0][0]])[0]""")),
     ("rows of one token have a gradient of q1, as of a number alone", BOTH, KL_GRADIENT, KL_GRADIENT + """
             if len(subset) == 1:
                 gradients[-1][j] = 1.0"""),
