@@ -156,8 +156,11 @@ def recorded_log_probs(logits, token_ids):
     return [[log_p[j] for j in subset] for log_p, subset in zip(map(log_softmax, logits), token_ids)]
 
 
-# The rows of a batch: those at `positions`, in that order, ids and log-probabilities alike.
+# The rows of a batch: those at `positions`, in that order. All rows of the record must be right, not only these.
 def select(token_ids, log_probs, positions):
+    require(log_probs is not None, "log_probs must be in the record")
+    require([*map(len, log_probs)] == [*map(len, token_ids)], "log_probs must hold one for each recorded token")
+    require(all(math.fsum(map(math.exp, row)) <= 1.01 for row in log_probs), "log_probs must add up to log 1 at most")
     return [token_ids[t] for t in positions], [log_probs[t] for t in positions]
 
 
@@ -167,11 +170,8 @@ def replay_kl_div(logits, token_ids, log_probs):
 
     q0, q1: softmax of the recording model and of the logits, renormalized to S_t. dA_t/dz_j = q1_j - q0_j in S_t, or 0.
     """
-    require(log_probs is not None, "log_probs must be in the record")
     losses, gradients = [], []
     for z, subset, log_p0 in zip(logits, token_ids, log_probs):
-        require(len(log_p0) == len(subset), "log_probs must hold one for each recorded token")
-        require(math.fsum(map(math.exp, log_p0)) <= 1.01, "log_probs must be of probabilities that add up to 1 at most")
         log_q0, log_q1 = log_softmax(log_p0), log_softmax([z[j] for j in subset])  # which renormalizes both
         losses.append(math.fsum(math.exp(a) * (a - b) for a, b in zip(log_q0, log_q1)))
         gradients.append([0.0] * len(z))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import plain_reference
 from logits_replay import (ReplayRecord, Tail, linear_replay_cross_entropy, linear_replay_kl_div, outside_mass,
                            record_topk, replay_cross_entropy, replay_kl_div, sample_tail)
 from moclip import MoClip, angle_between, clip_angle
-from vectors import calls, check_holes, compare, generate, run_port
+from vectors import calls, check_holes, compare, fuzz, generate, run_port
 
 FOLDER = Path(__file__).parent / "vectors"
 STORED = {name: json.loads((FOLDER / name).read_text()) for name in generate.INPUTS}
@@ -73,14 +74,16 @@ def test_the_readme_names_every_key_and_counts_the_variants():
 
 
 def test_the_comparison_sees_what_differs():
+    in_float32, record = [1e-20 * (1 + 2.0**-24)], {"token_ids": [[2]], "outside_mass": [1e-20], "log_weight": [1.0]}
     want = {"n": 3, "loss": None, "outside_mass": [1e-20], "outside_mass_at_the_end": [1e-20],
-            "exp_avg": [1e-9, 2.0], "x": [0.0], "on": [True]}
+            "exp_avg": [1e-9, 2.0], "x": [0.0], "on": [True], "record": record}
     assert compare.differences(want, want, 2.0**-52) == []
-    in_float32 = [1e-20 * (1 + 2.0**-24)]
-    assert compare.differences({**want, "loss": math.nan, "x": [2.0**-43], "outside_mass": in_float32}, want,
-                               2.0**-52) == []
-    for change in ({"n": 4}, {"loss": 0.0}, {"outside_mass": [1.001e-20]}, {"exp_avg": [1.001e-9, 2.0]},
+    rounded = {**record, "outside_mass": in_float32, "log_weight": [1 + 2.0**-24]}
+    assert compare.differences({**want, "loss": math.nan, "x": [2.0**-43], "record": rounded}, want, 2.0**-52) == []
+    for change in ({"n": 4}, {"loss": 0.0}, {"outside_mass": in_float32}, {"exp_avg": [1.001e-9, 2.0]},
                    {"outside_mass_at_the_end": in_float32},
+                   {"record": {**record, "outside_mass": [1e-20 * (1 + 2.0**-22)]}},
+                   {"record": {**record, "log_weight": [1 + 2.0**-21]}},
                    {"x": [2.0**-41]}, {"x": [math.nan]}, {"x": []}, {"x": 0.0}, {"on": [False]}, {"x": [None]}):
         assert len(compare.differences({**want, **change}, want, 2.0**-52)) == 1, change
     assert compare.differences({key: want[key] for key in want if key != "n"}, want, 2.0**-52) == ["/n: missing, not 3"]
@@ -179,9 +182,9 @@ class Torch:
             if all(g is None for g in gradients):  # nothing happened, and the report stays that of the step before
                 assert all(map(torch.equal, report, before))
                 report = [torch.zeros(0)] * 2
-            state = [[optimizer.state[p].get(key, torch.zeros_like(p)) for key in ("step", "exp_avg", "exp_avg_sq")]
-                     for p in params]
-            return ([p.detach().numpy() for p in params], *(x.flatten() for x in report), state)
+            names = "step", "exp_avg", "exp_avg_sq"
+            state = [[optimizer.state[p].get(name, torch.zeros_like(p)).clone() for name in names] for p in params]
+            return ([p.detach().clone() for p in params], *(x.flatten() for x in report), state)
         return step
 
 
@@ -257,9 +260,47 @@ def test_the_runner_tells_a_refusal_from_an_error_and_from_silence():
         assert bool(run_port.failures("2_loss.json", Port(), case, "float64", {})) == wrong
 
 
+def test_the_runner_takes_files_dtypes_and_fuzz(capsys, monkeypatch):
+    fuzzed = []
+    monkeypatch.setattr(fuzz, "failures", lambda port, dtypes: fuzzed.append(dtypes) or ["wrong"] * 20)
+
+    def ran(*arguments):
+        right = run_port.main(generate.Plain(), *arguments)
+        out = capsys.readouterr().out
+        assert right == ("fuzz" not in arguments) and out.count("wrong") == (0 if right else 10)
+        return {name[0]: int(count) for name, count in re.findall(r"(\w+\.json) \d+ of (\d+) pass in \d+\.\d s", out)}
+
+    of = lambda number, *dtypes: sum(number in name and dtype in dtypes for name in STORED
+                                     for _, dtype, _ in run_port.cases(name, generate.Plain()))
+    assert ran("4", "5") == {"4": of("4_", *compare.EPS), "5": of("5_", *compare.EPS)}
+    assert ran("float32", "4") == {"4": of("4_", "float32")} and fuzzed == []
+    assert ran("4", "fuzz", "float64") == {"4": of("4_", "float64")}
+    assert ran("fuzz") == {} and fuzzed == [["float64"], ["float64", "float32"]]
+    for unknown in "10", "float16", "fuz":
+        with pytest.raises(ValueError, match=unknown):
+            ran("4", unknown)
+
+
+def test_the_runner_gives_every_call_of_a_case_its_own_inputs(capsys):
+    """A port that overwrites lists and arrays is told so, and the next case has what is in the file."""
+    class Overwrites(generate.Plain):
+        def replay_cross_entropy(self, logits, target, token_ids, *rest):
+            result = super().replay_cross_entropy(logits, target, token_ids, *rest)
+            target[0] = 0 if lists else target[0]
+            token_ids[-1].append(0) if lists else logits.fill(0)
+            return result
+
+    for lists, message in ((True, "overwrote a list"), (False, "overwrote an array of shape (4, 7)")):
+        for case, dtype, chunk in run_port.cases("2_loss.json", Overwrites()):
+            lines = run_port.failures("2_loss.json", Overwrites(), case, dtype, chunk)
+            assert lines or "error" in case["expected"]
+            assert case in STORED["2_loss.json"]
+        assert not run_port.main(Overwrites(), "2") and message in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("port", [generate.Plain, Torch])
 def test_the_fuzz_finds_a_running_sum_that_is_off_by_a_bit(port):
-    assert run_port.fuzz(port(), 300) == []
+    assert fuzz.failures(port(), compare.EPS, 300) == []
 
     class Excluded(port):
         def record_topk(self, logits, target, tau, max_size, ignore_index):
@@ -270,14 +311,26 @@ def test_the_fuzz_finds_a_running_sum_that_is_off_by_a_bit(port):
             gold = int(target[0])
             return [sorted(taken if gold in taken else [*taken[:(max_size or len(p) + 1) - 1], gold])], [], []
 
-    assert 0 < len(run_port.fuzz(Excluded(), 3000)) < 60
+    assert 0 < len(fuzz.failures(Excluded(), compare.EPS, 3000)) < 60
+
+
+def test_the_fuzz_reports_a_port_that_raises():
+    class Raises(generate.Plain):
+        def record_topk(self, logits, *rest):
+            if logits.shape[1] == 65:
+                raise KeyError("sixty-five")
+            return super().record_topk(logits, *rest)
+
+    found = fuzz.failures(Raises(), ["float32"], 60)
+    assert 0 < len(found) < 30 and all("KeyError, 'sixty-five'" in line for line in found)
+    assert "softmax" in fuzz.failures(object(), ["float64"], 1)[0]
 
 
 # -------------------------------------------------------------------------------------------- what the vectors can see
 
 def test_every_wrong_variant_is_caught():
     lines = check_holes.main()
-    assert len(lines) > 240 and all(": caught by " in line for line in lines)
+    assert len(lines) > 470 and all(": caught by " in line for line in lines)
 
 
 def test_a_variant_that_no_vector_sees_is_an_error(monkeypatch):

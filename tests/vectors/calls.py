@@ -1,5 +1,6 @@
 """Which functions of a port each file calls, and with what: `outputs`. The functions are listed in run_port.py."""
 
+import json
 from functools import partial
 
 import numpy as np
@@ -26,7 +27,7 @@ def reductions(loss, incoming, *names):
 
 
 def recording(port, case, array):
-    record = port.record_topk(array(case["logits"]), np.array(case["target"]), case["tau"], case["max_size"],
+    record = port.record_topk(array(case["logits"]), array(case["target"], int), case["tau"], case["max_size"],
                               case["ignore_index"])
     return dict(zip(("token_ids", "outside_mass", "log_probs"), record))
 
@@ -42,13 +43,13 @@ def of_head(function, case, array, *rest, **chunk):
 
 
 def loss(port, case, array):
-    rest = np.array(case["target"]), case["token_ids"], case["ignore_index"]
+    rest = array(case["target"], int), case["token_ids"], case["ignore_index"]
     return {**of_logits(port.replay_cross_entropy, case, array, *rest),
             "outside_mass": port.outside_mass(array(case["logits"]), case["token_ids"])}
 
 
 def linear_loss(port, case, array, tail=None, **chunk):
-    rest = np.array(case["target"]), case["token_ids"], case["ignore_index"], tail
+    rest = array(case["target"], int), case["token_ids"], case["ignore_index"], tail
     return of_head(port.linear_replay_cross_entropy, case, array, *rest, **chunk)
 
 
@@ -59,16 +60,16 @@ def named(tail):
 def tail_loss(port, case, array, **chunk):
     if case["tail"] is None:
         V = len(case["linear_weight"])
-        tail = port.sample_tail(case["chosen"], np.array(case["target"]), V, case["ignore_index"])
+        tail = port.sample_tail(case["chosen"], array(case["target"], int), V, case["ignore_index"])
     else:
-        tail = np.array(case["tail"]["token_ids"], int), np.array(case["tail"]["log_weight"], "float32")
+        tail = array(case["tail"]["token_ids"], int), array(case["tail"]["log_weight"], "float32")
     return {"tail": named(tail), **linear_loss(port, case, array, tail, **chunk)}
 
 
 def anchor(port, case, array, **chunk):
     if "tau" in case:
         return recording(port, case, array)
-    rest = case["token_ids"], case["log_probs"], np.array(case["positions"], int)
+    rest = case["token_ids"], case["log_probs"], array(case["positions"], int)
     if "logits" in case:
         return of_logits(port.replay_kl_div, case, array, *rest)
     return of_head(port.linear_replay_kl_div, case, array, *rest, **chunk)
@@ -84,16 +85,20 @@ def rotation(port, case, array):
 
 def moclip(port, case, array):
     groups = [group | {"parameters": [array(p) for p in group["parameters"]]} for group in case["groups"]]
-    step, steps = port.moclip(groups, case["max_angle"], case["scope"]), []
+    step, returned, copies = port.moclip(groups, case["max_angle"], case["scope"]), [], []
     for now in case["steps"]:
-        parameters, angle, clipped, state = step([g if g is None else array(g) for g in now["gradients"]], now["lr"])
-        steps.append(lists({"angle": angle, "clipped": clipped, "parameters": parameters}))
-    return {"steps": steps, "final": [dict(zip(("step", "exp_avg", "exp_avg_sq"), each)) for each in state]}
+        returned.append(step([g if g is None else array(g) for g in now["gradients"]], now["lr"]))
+        copies.append(lists(returned[-1]))
+    if repr(lists(returned)) != repr(copies):  # as text, in which nan equals nan
+        raise RuntimeError("a later step overwrote what step had returned")
+    steps = [{"angle": angle, "clipped": clipped, "parameters": parameters} for parameters, angle, clipped, _ in copies]
+    return {"steps": steps,
+            "final": [dict(zip(("step", "exp_avg", "exp_avg_sq"), each)) for each in copies[-1][3]]}
 
 
 def end_to_end(port, case, array):
     names, V, ignore_index = ("body", "head", "bias"), len(case["head"]), case["ignore_index"]
-    x, target, parameters = array(case["input"]), np.array(case["target"]), [array(case[name]) for name in names]
+    x, target, parameters = array(case["input"]), array(case["target"], int), [array(case[name]) for name in names]
     matmul = getattr(port, "matmul", np.matmul)  # the plain reference has its own
     logits = lambda body, head, bias: matmul(matmul(x, body.T), head.T) + bias
     step, steps = port.moclip([case | {"parameters": parameters}], case["max_angle"], case["scope"]), []
@@ -120,4 +125,18 @@ FILES = {"1_recording.json": recording, "2_loss.json": loss, "3_linear_loss.json
 
 def outputs(name, port, case, dtype, **chunk):
     """What a port makes of a case of a file, in the form of `expected`; it may have more keys."""
-    return lists(FILES[name](port, case, partial(np.array, dtype=dtype), **chunk))
+    before = json.dumps(case)
+    given, arrays = json.loads(before), []  # all that the port gets, to see whether it overwrites any of it
+
+    def array(x, dtype=dtype):
+        x = np.array(x, dtype)
+        arrays.append((x, x.tobytes()))
+        return x
+
+    got = lists(FILES[name](port, given, array, **chunk))
+    if json.dumps(given) != before:
+        raise RuntimeError("the port overwrote a list that it was given")
+    for x, content in arrays:
+        if x.tobytes() != content:
+            raise RuntimeError(f"the port overwrote an array of shape {x.shape} that it was given")
+    return got

@@ -46,13 +46,13 @@ def shaped(values, like):
 
 # ----------------------------------------------------------------------------------------------------------- recording
 
-def clear(logits, tau):
-    """Is it met exactly, or far from any doubt, at which token each row reaches tau?"""
+def clear(logits, tau, max_size=None):
+    """Is it met exactly, or far from any doubt, at which token each row reaches tau, if the cap leaves it a choice?"""
     # the probabilities of equal tokens are as exact as a division: there a hundredth of a token is enough
     margin = MARGIN if len(logits[0]) < 5000 else 2e-5
     for p in map(plain_reference.softmax, logits):
         covered = 0.0
-        for x in sorted(p, reverse=True):
+        for x in sorted(p, reverse=True)[:max_size and max_size - 1]:
             covered += x
             if not (covered == tau or x < 1e-80 or tau < min(p) or abs(covered - tau) > margin):
                 return False
@@ -116,9 +116,12 @@ def recording_inputs():
         ("probabilities that are equal in half precision", [[0.0, 2.0**-16, -3.0]], [2], 0.1, None, -100),
         ("refused: tau below 0", spread[:1], [3], -0.5, None, -100),
         ("refused: a negative max_size", spread[:1], [3], 0.9, -1, -100),
+        ("small probabilities that are equal in seven decimals", [[9.0, 0.0, 2.0**-14]], [0], 1.0, 2, -100),
+        ("tau = 0.5, rounded up to the next float64: 3 of 4 equal tokens", [[0.0] * 4], [0], math.nextafter(0.5, 1),
+         None, -100),
     ]
     for name, logits, target, tau, max_size, ignore_index, *dtype in cases:
-        assert "rounded" in name or dtype or clear(logits, tau), name
+        assert "rounded" in name or dtype or clear(logits, tau, max_size), name
         yield dict(name=name, logits=logits, target=target, tau=tau, max_size=max_size, ignore_index=ignore_index,
                    **({"dtype": dtype[0]} if dtype else {}))
 
@@ -180,15 +183,29 @@ def linear_inputs():
         ("refused: gold is the last token, outside a row that is filled up", head, [5, *target[1:]], rows),
         ("refused: a target beyond the vocabulary", head, [*target[:-1], 6], rows),
         ("refused: a negative target, the last token if counted from the end", head, [*target[:-1], -1], rows),
+        ("only ignored rows: the mean is 0/0, its gradient 0", head, [-100] * 7, [[]] * 7),
+        ("ignored targets with rows that are not empty", head, [2, *[-100] * 6], rows),
+        ("all digits of float32: products of two have those of float64", every_digit(), [2, 0], [[0, 2], [0, 1, 3]]),
     ]
-    for name, head, target, rows in cases:
-        yield dict(name=name, **head, target=target, token_ids=rows, ignore_index=-100, incoming=INCOMING[:len(target)])
+    cases = [(*case, -100) for case in cases]
+    cases.append(("the shapes of cases above, another record and ignore_index", head, [3, 2, 5, 4, 0, 1, 4],
+                  [[1, 3], [0, 1, 2, 3], [5], [], [0, 5], [1, 2, 3], []], 4))
+    for name, head, target, rows, ignore_index in cases:
+        yield dict(name=name, **head, target=target, token_ids=rows, ignore_index=ignore_index,
+                   incoming=INCOMING[:len(target)])
 
 
 def seven(rng):
     """Rows in chunks of 1, 2 or 3: some have no token, and the last one is not full."""
     return (random_head(rng, 7, 6, 3, True), [2, 0, -100, -100, -100, -100, 5],
             [[2, 4], [0, 1, 3], [], [], [], [], [0, 1, 2, 3, 4, 5]])
+
+
+def every_digit():
+    """Hidden states and a head of float32 numbers that are not rounded to a few digits."""
+    rng = random.Random(11)
+    draw = lambda n: [float32(rng.gauss(0, 1)) for _ in range(n)]
+    return dict(input=[draw(4), draw(4)], linear_weight=[draw(4) for _ in range(5)], linear_bias=draw(5))
 
 
 def far_below():
@@ -227,6 +244,7 @@ def pairs():
 def angle_inputs():
     for name, u, v, dtype in pairs():
         yield dict(name=name, dtype=dtype, u=u, v=v)
+    yield dict(name="entries near the smallest of float32", dtype=None, u=[3 * 2.0**-120, 0.0], v=[2.0**-120] * 2)
     for exponent in (-7, -12, -17, -30):
         yield dict(name=f"2^{exponent} from parallel", dtype=None, u=[1.0, 0.0], v=[1.0, 2.0**exponent])
         yield dict(name=f"2^{exponent} from antiparallel", dtype=None, u=[1.0, 0.0], v=[-1.0, 2.0**exponent])
@@ -334,7 +352,9 @@ def moclip_inputs():
          [(DECAY, [two, three]), (OTHER, [two, one])], missing(3), constant),
         ("the whole first group has no gradient every other step", "global", 90, [(OTHER, [two]), (DECAY, [two, one])],
          lambda t, i, g: None if i == 0 and t % 2 == 0 else g, constant),
-        ("a restart of two groups", "global", 90, [(USUAL, [two]), (DECAY, [two])], restart, constant)]
+        ("a restart of two groups", "global", 90, [(USUAL, [two]), (DECAY, [two])], restart, constant),
+        ("gradients whose squares only float64 has", "global", 90, [(USUAL, [two])], scaled(lambda t: 8 * t - 300),
+         constant)]
     for name, scope, degrees, groups, change, lr in cases:
         rng = random.Random(name)
         draw = lambda like, mean: shaped([mean + x for x in normal(rng, len(flat(like)))], like)
@@ -343,7 +363,7 @@ def moclip_inputs():
         gradients = lambda t: [change(t, i, draw(like, 0.5)) for i, like in enumerate(shapes)]
         steps = [{"lr": lr(t)[:len(groups)], "gradients": gradients(t)} for t in range(1, 25)]
         # in float64 1 - 0.99999^t itself has lost five digits, and which ones depends on the formula
-        dtype = "float32" if "slow" in name else None
+        dtype = "float32" if "slow" in name else "float64" if "float64" in name else None
         case = dict(name=name, dtype=dtype, scope=scope, max_angle=degrees * DEGREE, groups=groups, steps=steps)
         for step in expected("6_moclip.json", case, "float64")["steps"]:
             for theta in step["angle"]:
@@ -388,6 +408,15 @@ def tail_inputs():
         ("refused: a token of the tail twice", a, target, rows, [2, 4, 4], [1.0, 0.5, 0.5]),
         ("refused: a token of the tail beyond the vocabulary", a, target, rows, [2, V], [1.0, 0.5]),
         ("refused: a negative token of the tail", a, target, rows, [-1, 2], [1.0, 0.5]),
+        ("refused: gold is token 0, outside a row that is filled up", head, [0, *few[1:]], short, [3], [0.5]),
+        ("refused: gold is the last token, outside a row that is filled up", head, [5, *few[1:]], short, [3], [0.5]),
+        ("refused: a target beyond the vocabulary", head, [*few[:-1], 6], short, [3], [0.5]),
+        ("refused: a negative target, the last token if counted from the end", head, [*few[:-1], -1], short, [3],
+         [0.5]),
+        ("all digits of float32: products of two have those of float64", every_digit(), [2, 0], [[0, 2], [0, 1, 3]],
+         [1, 4], [0.5, 1.0]),
+        ("weights of e^-9990 and of e^9990, of which only the logarithms are numbers", large, [0, 1], [[0, 4], [0, 1]],
+         [2, 3], [-9990.0, 9990.0]),
     ]
     cases = [(*case, own if case[-1] is None else None) for case in cases]
     cases += [(*case[:4], -100, None, dict(zip(("token_ids", "log_weight"), case[4:]))) for case in given]
@@ -456,12 +485,23 @@ def anchor_inputs():
         ("refused: a row with fewer log-probabilities than tokens", model, rows, [[-1.0, -1.5], *log_p[1:]], None),
         ("refused: a row with more log-probabilities than tokens", model, rows, [[*log_p[0], -9.0], *log_p[1:]], None),
         ("refused: probabilities of a row that add up to 1.05", model, rows, [[-1.046875] * 3, *log_p[1:]], None),
+        ("refused: a row that is not in the batch, of probabilities that add up to more than 1", model[:2], rows,
+         [*log_p[:3], [-0.5, -0.5]], [2, 0]),
+        ("refused: a row that is not in the batch, with fewer log-probabilities than tokens", model[:2], rows,
+         [log_p[0], [], *log_p[2:]], [2, 0]),
     ]
     for name, logits, token_ids, log_probs, positions in cases:
         yield anchor_case(name, dict(logits=logits), len(logits), token_ids, log_probs, positions)
+    near, head, token_ids, log_probs = nearly_equal()
+    close = "a divergence that rounding hides, perhaps below 0, and a gradient that it does not"
+    yield anchor_case(close, near, 12, token_ids, log_probs, None) | {"incoming": [64.0] * 12}
+    yield anchor_case(f"the linear form, {close}", head, 12, token_ids, log_probs, None) | {"incoming": [64.0] * 12}
     with_bias, without = random_head(rng, 4, V, 3, True), random_head(rng, 4, V, 3, False)
     many, _, short = seven(rng)
+    few = random_head(random.Random(10), 2, V, 3, True)
     far, _, beside = far_below()
+    lengths, ones = [[0], [], [0, 1, 2, 3, 4, 5], [5], [], [2, 3], [3]], [[0], [5], [2], [0], [4], [5], [1]]
+    steep = dict(input=[[1.0], [20.0]], linear_weight=[[1.0], [0.0], [10.0]], linear_bias=None)
     cases = [
         ("the linear form", with_bias, rows, log_p, None),
         ("the linear form without bias, some rows, repeats", without, gaps, said(base, gaps), [3, 1, 0, 3]),
@@ -472,9 +512,39 @@ def anchor_inputs():
         ("the linear form, refused: probabilities of a row that add up to more than 1", with_bias, rows,
          [[-0.5, -1.0, -0.5], *log_p[1:]], None),
         ("the linear form, refused: a record without log-probabilities", with_bias, rows, None, None),
+        ("the linear form, rows of one token beside one of all and empty ones", many, lengths,
+         said([normal(rng, 6, 2.0) for _ in lengths], lengths), None),
+        ("the linear form, only rows of one token: 0", many, ones, [[-0.5]] * 7, None),
+        ("the linear form, only empty rows: the mean is 0/0, its gradient 0", many, [[]] * 7, [[]] * 7, None),
+        ("the linear form, a recorded probability of 0 adds 0, one of today is e^-200", steep, [[0, 1], [1, 2]],
+         [[0.0, -1000.0], [-1.0, -2.0]], None),
+        ("the linear form, large logits: their difference is exact, minus log-sum-exp it is not", equal_but_one(4),
+         [[0, 1, 2]], [[-1.0, -2.0, -3.0]], None),
+        ("the linear form, all digits of float32: products of two have those of float64", every_digit(),
+         [[0, 2], [0, 1, 3]], [[-1.0, -2.0], [-3.0, -1.0, -0.75]], None),
+        ("the linear form, refused: a positive log-probability", with_bias, rows, [log_p[0], [0.5], *log_p[2:]], None),
+        ("the linear form, refused: a row with fewer log-probabilities than tokens", with_bias, rows,
+         [[-1.0, -1.5], *log_p[1:]], None),
+        ("the linear form, refused: a row that is not in the batch, of probabilities that add up to more than 1",
+         few, rows, [*log_p[:3], [-0.5, -0.5]], [2, 0]),
+        ("the linear form, refused: a row that is not in the batch, with fewer log-probabilities than tokens", few,
+         rows, [log_p[0], [], *log_p[2:]], [2, 0]),
     ]
     for name, head, token_ids, log_probs, positions in cases:
         yield anchor_case(name, head, len(head["input"]), token_ids, log_probs, positions)
+
+
+def nearly_equal():
+    """A model that differs by little from the recording one: dense, linear, the record's rows and log-probabilities."""
+    z, log_probs = [0.0, -0.5, -3.0, 0.75, 0.0], []
+    steps = [2.0**-12, -2.0**-13, 2.0**-29, -2.0**-30]  # token 0's logit is up by one of them
+    token_ids = [row for row in ([0, 4], [0, 1, 2], [0, 3]) for _ in steps]
+    for row in token_ids:
+        log_probs.append([z[j] - 2.0 for j in row])
+    dense = dict(logits=[[step, *z[1:]] for step in steps * 3])
+    head = dict(input=[[1.0, step] for step in steps * 3], linear_weight=[[x, 0.0] for x in z], linear_bias=None)
+    head["linear_weight"][0][1] = 1.0
+    return dense, head, token_ids, log_probs
 
 
 def anchor_case(name, inputs, N, token_ids, log_probs, positions):
@@ -557,8 +627,7 @@ class Plain:
         return step
 
     def replay_kl_div(self, logits, token_ids, log_probs, positions, reduction, incoming):
-        if log_probs is not None:
-            token_ids, log_probs = self.reference.select(token_ids, log_probs, positions)
+        token_ids, log_probs = self.reference.select(token_ids, log_probs, positions)
         result = self.reference.replay_kl_div(logits.tolist(), token_ids, log_probs)
         return self.reduced(*result, [len(row) > 0 for row in token_ids], reduction, incoming)
 

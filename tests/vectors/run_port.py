@@ -21,29 +21,33 @@ Write my_port.py beside plain_reference.py, with as many of these functions as y
     9     linear_replay_kl_div(input, linear_weight, linear_bias, token_ids,
                                log_probs, positions, reduction, incoming)            loss, d_input, d_weight, d_bias
 
-Data comes as numpy arrays in the dtype under test, targets and positions as int64, a record's rows as lists of lists,
-options as Python numbers, "nothing" as None. Return arrays, lists or numbers; log_probs and d_bias may be None.
+Data comes as numpy arrays in the dtype under test, targets and positions as int64, a record's rows and `chosen`, token
+ids, as lists, options as Python numbers, "nothing" as None. Return arrays, lists or numbers; log_probs and d_bias may
+be None. Nothing that is given may be overwritten, nor what was returned: `step` returns copies.
 `incoming` is the gradient that comes back to the loss, (N,) for reduction "none", else a number, and d_x the derivative
 of sum(incoming * loss) by x: what jax.vjp, mlx.core.vjp or torch.autograd.grad computes.
 `step(gradients, lr)` gets a list of gradients, None where one is missing, and an lr for each group. It returns the
-parameters, the angles, what is clipped, and for each parameter (step, exp_avg, exp_avg_sq). `lr` is not in `groups`.
+parameters, `angle` and `clipped`, two lists with an entry for each angle that was taken, so empty if there is none, and
+for each parameter (step, exp_avg, exp_avg_sq). `lr` is not in `groups`.
 `positions` are the record's rows that make the batch. File 8 is made of the other functions.
 
 Refuse by a ValueError whose message names the argument; REFUSES = False, where compiled code cannot, leaves that out.
 EPS = {"float32": 2**-23} if there is no other dtype. A linear form that takes its rows in chunks gets a last argument
-`chunk=None`, and is tried with chunks of 1, 2 and 3 rows, too. With softmax(logits), whose result record_topk ranks,
-`python -m vectors.run_port my_port fuzz` compares 10 000 rows of each dtype with the plain reference.
+`chunk=None`, and is tried with chunks of 1, 2 and 3 rows, too. `python -m vectors.run_port my_port 3 9 float32` runs
+files 3 and 9 in float32. `fuzz`, alone or beside files, compares 10 000 rows of each dtype with the plain reference; it
+needs softmax(logits), whose result record_topk ranks.
 """
 
 import importlib
 import inspect
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 
-from vectors import calls, compare
+from vectors import calls, compare, fuzz
 
 FOLDER = Path(__file__).parent
 NEEDS = {"1_recording.json": ["record_topk"], "2_loss.json": ["replay_cross_entropy", "outside_mass"],
@@ -81,35 +85,26 @@ def failures(name, port, case, dtype, chunk):
     return compare.differences(got, expected, eps_of(port)[dtype] * case.get("amplification", 1))
 
 
-def fuzz(port, n=10_000):
-    """Rows of which the port records other tokens than the plain reference does from the same probabilities."""
-    import plain_reference
-    rng, found = np.random.default_rng(0), []
-    for dtype in eps_of(port):
-        for i in range(n):
-            V = int(rng.choice([1, 2, 64, 64, 64, 65, 300]))
-            z = rng.standard_normal((1, V)).astype(dtype) * rng.choice([0, 1, 5, 8])
-            z = (np.round(4 * z) / 4 if i % 4 == 0 else z).astype(dtype)  # quarters: ties
-            p = np.asarray(port.softmax(z)).ravel().tolist()
-            covered = np.cumsum(sorted(p, reverse=True))[rng.integers(V)]  # K tokens exactly; the next number, K + 1
-            tau = float(rng.choice([0.125, 0.5, 0.9, 0.99, 1.0, covered, covered, np.nextafter(covered, 2)]))
-            gold, max_size = int(rng.integers(V)), None if i % 3 else int(rng.integers(1, 81))
-            if 0 < tau <= 1:
-                got = calls.lists(port.record_topk(z, np.array([gold]), tau, max_size, -100)[0])
-                want = plain_reference.record_topk([p], [gold], tau, max_size)[0]
-                found += [f"fuzz {dtype} {i}: {got}, not {want}"] if got != want else []
-    return found
-
-
 def main(port, *arguments):
-    wrong = fuzz(port) if "fuzz" in arguments else []
-    for name, functions in NEEDS.items():
-        missing = [function for function in functions if not hasattr(port, function)]
-        tried = [] if missing else list(cases(name, port))
+    """Runs the files of these numbers in these dtypes, all if none is named, and `fuzz`; True if nothing is wrong."""
+    unknown = {*arguments} - {"fuzz", *eps_of(port), *(name[0] for name in NEEDS)}
+    if unknown:
+        raise ValueError(f"{sorted(unknown)} are neither numbers of files nor dtypes of the port nor fuzz")
+    dtypes = [dtype for dtype in eps_of(port) if dtype in arguments] or [*eps_of(port)]
+    files = [name for name in NEEDS if name[0] in arguments] or [name for name in NEEDS if "fuzz" not in arguments]
+    wrong = []
+    for name in files:
+        begin, missing = time.perf_counter(), [function for function in NEEDS[name] if not hasattr(port, function)]
+        tried = [] if missing else [one for one in cases(name, port) if one[1] in dtypes]
         failed = [f"{name}, {case['name']}, {dtype} {chunk or ''}: {lines[0]}" for case, dtype, chunk in tried
                   if (lines := failures(name, port, case, dtype, chunk))]
-        print(name, f"waits for {missing[0]}" if missing else f"{len(tried) - len(failed)} of {len(tried)} pass")
+        print(name, f"waits for {missing[0]}" if missing else f"{len(tried) - len(failed)} of {len(tried)} pass",
+              f"in {time.perf_counter() - begin:.1f} s")
         wrong += failed
+    if "fuzz" in arguments:
+        failed = fuzz.failures(port, dtypes)
+        print(f"fuzz: {len(failed)} rows fail; at most ten are shown")
+        wrong += failed[:10]
     print(*wrong, sep="\n")
     return not wrong
 
