@@ -100,12 +100,13 @@ def position(plt):
     """
     base = sweep.prepared(0)
     (tokens, targets), V = base.data.domain_train, base.data.size.vocab_size
-    record = script.stage0(base.model, tokens, targets, sweep.DEFAULT["tau"], sweep.CPU)
+    record = script.stage0(base.model, tokens, targets, sweep.DEFAULT["tau"], sweep.DEVICE).to("cpu")
     several, scored = (record.subset_sizes > 1).nonzero().squeeze(1), targets != script.IGNORE
     far = lambda x: (x[several] / x[several].median()).clamp(min=1e-9).log().abs()
     row = several[(far(record.subset_sizes.double()) + far(record.outside_mass.double())).argmin()].item()
     example, t = (x[row].item() for x in scored.nonzero(as_tuple=True))  # row-major, as Stage 0 numbers them
-    p = (base.model(tokens[example:example + 1, :t + 1])[0, -1] @ base.model.embedding.weight.T).softmax(0).detach()
+    context = tokens[example:example + 1, :t + 1].to(sweep.DEVICE)
+    p = (base.model(context)[0, -1] @ base.model.embedding.weight.T).softmax(0).detach().cpu()
     rank = torch.empty(V, dtype=torch.long)
     rank[p.argsort(descending=True, stable=True)] = torch.arange(1, V + 1)
     S, gold = record.select([row]).token_ids.long(), targets[example, t].item()

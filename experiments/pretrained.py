@@ -1,7 +1,7 @@
 """A pretrained Hugging Face causal LM on the domain of train_small.py or of calls.py, by the Trainer.
 
     pip install transformers accelerate                        # and gguf for a GGUF file, peft for LoRA
-    python -m experiments.pretrained --model NAME_OR_DIR [--gguf FILE] [--methods anchor+adamw] [--seeds 0 1 2]
+    python -m experiments.pretrained --model NAME_OR_DIR [--gguf FILE] [--lr 2e-4 4e-4] [--seeds 0 1 2]
     torchrun --nproc_per_node 2 -m experiments.pretrained --model NAME_OR_DIR
 
 Stage 0, losses, evaluation and schedule are train_small.py's own functions, the rivals those of rivals.py; model and
@@ -9,7 +9,7 @@ tokenizer are put into the shape that they expect. A row also says what is left 
 to a dozen everyday questions the mean KL from the base and how often both prefer the same token, and one own answer.
 
 Under torchrun every process records its shard of the corpus and the Trainer wraps the model in DDP (FSDP would shard
-the head, which the losses apply). A finished run is kept in experiments/results/pretrained.json and not run again.
+the head, which the losses apply). A finished run is a row of experiments/results/pretrained.json, and not run again.
 """
 
 import argparse
@@ -163,7 +163,7 @@ def arguments():
     parser.add_argument("--anchor-step", type=int, default=1, help="windows a step and process")
     parser.add_argument("--anchor-weight", type=float, default=0.3)
     parser.add_argument("--max-angle", type=float, default=90, help="MoClip's cap, in degrees")
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", nargs="+", type=float, default=[1e-4], dest="rates")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=16, help="examples a step and process")
     parser.add_argument("--train", type=int, default=480, help="training examples")
@@ -227,49 +227,54 @@ def main():
         return {**row, **{f"{key}_validation": value for key, value in chosen.items() if key != "samples"},
                 **chat_left(model, base, answers), "chat_answer": said[0]}
 
-    config = {k: str(v) for k, v in vars(args).items() if k not in {"methods", "seeds", "results"}}
-    config |= {"model": Path(args.model).name, "world": train_arguments.world_size,
-               "transformers": transformers.__version__, "torch": torch.__version__}
-    studies = json.loads(args.results.read_text()) if args.results.exists() else []
-    runs = next((study["runs"] for study in studies if study["config"] == config), [])
-    if not runs:
-        studies.append({"config": config, "runs": runs})
+    machine = {"world": train_arguments.world_size, "device": torch.cuda.get_device_name() if torch.cuda.is_available()
+               else "cpu", "transformers": transformers.__version__, "torch": torch.__version__}
+    asked = {k: v for k, v in vars(args).items() if k not in ("methods", "rates", "seeds", "results")} | machine
+    asked["model"] = Path(args.model).name
+    rows = json.loads(args.results.read_text()) if args.results.exists() else []
+
+    def kept(**settings):
+        """The row with these settings, if there is one."""
+        return next((row for row in rows if settings.items() <= row.items()), None)
 
     def keep(row):
-        runs.append(row)
+        rows.append(row)
         if main_process:
-            args.results.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(studies, indent=1) + "\n"
+            text = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
             script.write_atomically(args.results, lambda file: file.write(text.encode()))
 
-    if not runs:
-        keep({"method": "base", **measured(base, "base")})
-    for seed, method in itertools.product(args.seeds, args.methods):
-        if any((run["method"], run.get("seed")) == (method, seed) for run in runs):
+    of_base = {k: asked[k] for k in ("model", "gguf", "domain", "test")} | machine | {"method": "base"}
+    if not kept(**of_base):
+        keep(of_base | measured(base, "base"))
+    at_first, made = kept(**of_base), []
+    for lr, seed, method in itertools.product(args.rates, args.seeds, args.methods):
+        settings = {**asked, "method": method, "lr": lr, "seed": seed}
+        if kept(**settings):
             continue
         model, record, text, anchor, start = copy.deepcopy(base), None, None, None, time.perf_counter()
         if not method.startswith("full") and args.variant not in ("gold only", "full softmax"):
             record = record_shards(Hidden(base), ids, labels, args.tau, device)
         if method.startswith("anchor") or args.variant in rivals.ON_TEXT:
             text = (write_text(base, args.anchor, seed) if args.anchor_text == "own" else
-                    next(script.batches(data.streams, dict(batch=args.anchor, seed=seed), CONTEXT)))
+                    next(script.batches(data.streams, dict(batch=args.anchor, seed=seed), CONTEXT)).to(device))
         if method.startswith("anchor"):
             # eight windows at a time: their logits are large
             tokens, records = zip(*(script.record_anchor(Hidden(base), part, device) for part in text.split(8)))
             anchor = script.Anchor(torch.cat(tokens), ReplayRecord.concat(records))
-        stage0_s, args.seed, train_arguments.seed = time.perf_counter() - start, seed, seed
+        stage0_s, train_arguments.seed = time.perf_counter() - start, seed
         c = SimpleNamespace(model=Hidden(model), base=Hidden(base), data=data, record=record, anchor=anchor, text=text,
-                            args=args, method=method, generator=torch.Generator(device).manual_seed(2**31 + seed))
+                            args=SimpleNamespace(**settings), method=method,
+                            generator=torch.Generator(device).manual_seed(2**31 + seed))
         score, optimizer = VARIANTS[args.variant](c)
-        optimizer = optimizer or script.make_optimizer(method, model.parameters(), args)
+        optimizer = optimizer or script.make_optimizer(method, model.parameters(), c.args)
         schedule = script.warmup_then_linear(optimizer, args.steps)
         trainer = ReplayTrainer(model, train_arguments, train_dataset=dataset, optimizers=(optimizer, schedule))
         trainer.rows_of, trainer.score = script.scored_rows(labels), score or rivals.own(c)
         seconds = trainer.train().metrics["train_runtime"]
-        run = {"method": method, "seed": seed, "step_ms": 1e3 * seconds / args.steps, "stage0_s": stage0_s,
-               "total_s": seconds + stage0_s, **measured(model, f"{method} {args.variant}".strip())}
-        for lost, kept in ("forgetting", "general_nll"), ("forgetting_sql", "other_nll"):
-            run[lost] = run[kept] - runs[0][kept]
+        run = {"step_ms": 1e3 * seconds / args.steps, "stage0_s": stage0_s, "total_s": seconds + stage0_s,
+               **measured(model, f"{method} {args.variant}".strip())}
+        for lost, nll in ("forgetting", "general_nll"), ("forgetting_sql", "other_nll"):
+            run |= {f"{lost}{part}": run[nll + part] - at_first[nll + part] for part in ("", "_validation")}
         if record is not None:
             probe = script.outside_mass_probe(ids, labels, device)
             run |= {"outside_mass_start": record.outside_mass.mean().item(),
@@ -278,9 +283,10 @@ def main():
                     "record_bytes_per_position": script.record_bytes(record)}
         if anchor is not None:
             run["anchor_bytes_per_position"] = script.record_bytes(anchor.record)
-        keep(run)
+        made.append(settings | run)
+        keep(made[-1])
     if main_process:
-        script.print_table(runs[0], runs[1:])
+        script.print_table(at_first, made)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -25,7 +25,8 @@ LOSS = ["prose lost", "SQL lost"]  # forgetting: by how much the NLL rises, nats
 
 def load():
     """The study's rows, with what is measured against their base; times are speed.py's, measured side by side."""
-    done, rows, timed = sweep.load(), [], next((row["arms"] for row in result("speed")["rows"] if "arms" in row), [])
+    done, rows = sweep.load(), []
+    timed = next((row["arms"] for row in result("speed_cpu")["rows"] if "arms" in row), [])
     bases = {row["fingerprint"]: row for row in done["bases"]}
     for row in done["runs"]:
         base = bases[row["fingerprint"]]
@@ -43,8 +44,9 @@ def load():
 
 
 FORMS = collections.defaultdict(lambda: "{:.3f}", {
-    "accuracy": "{:.1%}", "outside mass": "{:.4f}", "ms a step": "{:.0f}", "run, s": "{:.0f}", "record, MB": "{:.1f}",
-    "clipped": "{:.0%}", "tokens recorded": "{:.0f}", "tokens": "{:.0f}", "bytes": "{:.0f}", "chat same": "{:.0%}"})
+    "accuracy": "{:.1%}", "domain_accuracy_validation": "{:.1%}", "outside mass": "{:.4f}", "ms a step": "{:.0f}",
+    "run, s": "{:.0f}", "record, MB": "{:.1f}", "clipped": "{:.0%}", "tokens recorded": "{:.0f}", "tokens": "{:.0f}",
+    "bytes": "{:.0f}", "chat same": "{:.0%}"})
 PRICE = ["ms a step", "run, s", "record, MB"]
 
 
@@ -125,13 +127,6 @@ def arms_table(*studies):
     return build
 
 
-def claim(rows):
-    """Each arm against full+adamw, both at their chosen rates: intervals over bases."""
-    full = best(rows, "full+adamw")
-    return against([((name, f"{mine[0]['lr']:g}"), mine, full) for name in ALL if (mine := best(rows, name))],
-                   ["against full+adamw", "lr"])
-
-
 def same_rate(rows):
     """Tail and anchor against the full softmax with the same optimizer at the same rate: nothing is chosen."""
     return against([((f"{loss}+{optimizer}", f"{lr:g}"), at(select(rows, method=f"{loss}+{optimizer}", seed=0), lr),
@@ -147,24 +142,17 @@ def rates(rows):
     return table(lines, ("arm", "lr", "accuracy, validation"), ("accuracy", *LOSS))
 
 
-def seeds(rows):
-    """Both seeds of every arm at its chosen rate: what a second order of batches, sample and text changes."""
-    lines = [((name, seed), [row for row in best(rows, name) if row["seed"] == seed])
-             for name in ALL for seed in (0, 1)]
-    return table(lines, ("arm", "seed"), ("accuracy", *LOSS))
-
-
 def dials(rows):
-    """The anchor's dials, one at a time from the default, on base 0."""
+    """The anchor's dials, one at a time from the default."""
     lines = [((dial, ", ".join(map(str, value.values()))),
-              at(select(rows, base=0, seed=0, **{**ANCHOR, **value}), 1.2e-3))
+              at(select(rows, seed=0, **{**ANCHOR, **value}), 1.2e-3))
              for dial, values in sweep.DIALS.items() for value in values]
     return table(lines, ("dial", "value"), ("tokens", "bytes", "accuracy", *LOSS, "ms a step"))
 
 
 def longer(rows):
-    """Does forgetting stay put? Up to four times as many steps, and twice the rate; base 0."""
-    lines = [((name, value.get("steps", 200), f"{lr:g}"), at(select(rows, base=0, seed=0, **{**arm, **value}), lr))
+    """Does forgetting stay put? Up to four times as many steps, and twice the rate."""
+    lines = [((name, value.get("steps", 200), f"{lr:g}"), at(select(rows, seed=0, **{**arm, **value}), lr))
              for value in sweep.LONGER for lr in [value.get("lr", 1.2e-3)]
              for name, arm in (("full+adamw", FULL), ("tail+adamw", TAIL), ("anchor+adamw", ANCHOR))]
     return table(lines, ("arm", "steps", "lr"), ("accuracy", *LOSS, "run, s"))
@@ -202,38 +190,38 @@ def first_run(_):
     return "```\n" + out.getvalue() + "```"
 
 
-def speed(_):
-    return markdown(["what", "measured", "aim"], ((row["what"], row["value"], row["target"])
-                                                  for row in result("speed")["rows"]))
+def speed(device):
+    return lambda _: markdown(["what", "measured", "aim"], ((row["what"], row["value"], row["target"])
+                                                            for row in result(f"speed_{device}")["rows"]))
 
 
-def pretrained(domain):
-    """A pretrained model, ± over seeds; "-": an earlier script did not measure it. Of equal runs the newest counts."""
+def pretrained(domain, every_rate=False):
+    """A pretrained model, ± over seeds: each arm at the rate that validation chooses, or at every rate, of seed 0."""
     keys = {"domain_accuracy": "accuracy", "domain_nll": "domain NLL", "forgetting": "prose lost",
-            "forgetting_sql": "SQL lost", "chat_kl": "chat KL", "chat_same": "chat same", "step_ms": "ms a step"}
-    earlier = {"anchor_text": "given", "anchor_step": 3, "anchor_weight": 1}  # what an earlier script did
+            "chat_kl": "chat KL", "chat_same": "chat same"}
+    shown = ["domain_accuracy_validation"] * every_rate + list(keys.values())
 
     def build(_):
-        arms = collections.defaultdict(dict)
-        for study in result("pretrained"):
-            config = earlier | study["config"]
-            for run in study["runs"]:
-                if config.get("domain") == domain and run["method"] != "base":
-                    name = ", ".join(filter(None, (run["method"], config["variant"])))
-                    if run["method"].startswith("anchor") or config["variant"] in sweep.rivals.ON_TEXT:
-                        name += ", {anchor_text} text, {anchor_step} a step, weight {anchor_weight}".format_map(config)
-                    record = "-" if name.startswith("full") else "{tau}, {tail}".format_map(config)
-                    arms[name, record, float(config["lr"])][run["seed"]] = {
-                        **run, **{new: run[old] for old, new in keys.items() if old in run}}
-        return table([((*arm, len(runs)), list(runs.values())) for arm, runs in sorted(arms.items())],
-                     ("arm", "tau, tail", "lr", "seeds"), list(keys.values()))
+        arms = collections.defaultdict(list)
+        for row in result("pretrained"):
+            if row["domain"] == domain and row["method"] != "base":
+                name = ", ".join(filter(None, (row["method"], row["variant"])))
+                name += ", a tail of {tail}".format_map(row) * (row["tail"] != 256)
+                if row["method"].startswith("anchor") or row["variant"] in sweep.rivals.ON_TEXT:
+                    name += ", {anchor_text} text, {anchor_step} a step, weight {anchor_weight:g}".format_map(row)
+                arms[name].append({**row, **{new: row[old] for old, new in keys.items()}})
+        lines = [((name, f"{lr:g}", len(mine)), mine) for name, rows in sorted(arms.items())
+                 for lr in (sorted({row["lr"] for row in rows}) if every_rate else [chosen(rows)])
+                 if (mine := [row for row in at(rows, lr) if not every_rate or row["seed"] == 0])]
+        return table(lines, ("arm", "lr", "seeds"), shown)
     return build
 
 
-TABLES = {"main": arms_table("main", "moclip"), "rivals": arms_table("rivals"), "claim": claim, "rates": rates,
-          "texts": arms_table("texts", "full+anchor"), "same rate": same_rate, "seeds": seeds, "dials": dials,
-          "price": price, "longer": longer, "bases": bases, "first run": first_run, "speed": speed,
+TABLES = {"main": arms_table("main", "moclip"), "rivals": arms_table("rivals"), "rates": rates,
+          "texts": arms_table("texts", "full+anchor"), "same rate": same_rate, "dials": dials,
+          "price": price, "longer": longer, "bases": bases, "first run": first_run, "speed": speed("cpu"),
           "pretrained": pretrained("sql"), "calls": pretrained("calls"),
+          "pretrained rates": pretrained("sql", every_rate=True), "speed cuda": speed("cuda"),
           "tau": fixed("arm", {f"{arm['method']}, tau = {tau}": {**arm, "tau": tau} for tau in (0.9, 0.99)
                                for arm in (ALL["replay+adamw"], TAIL)}, "outside mass", "tokens recorded"),
           "record": fixed("recorded, tail+adamw", {"gold only, no Stage 0": {**TAIL, "variant": "gold only"},

@@ -2,10 +2,10 @@
 
     python -m experiments.speed [--device cuda] [--only head anchor recording training]
 
-prints one table, and writes it to experiments/results/speed.json; ten minutes on 2 cores, if nothing else runs there.
+prints one table, and writes it to experiments/results/speed_cpu.json or speed_cuda.json; ten minutes on 2 cores.
 Things that are compared take turns, so that a noisy machine slows all of them; a figure is the median over the turns.
-Peak memory is measured in a process of its own. "training", always on the CPU, takes base 0 of the study from runs/,
-or pretrains it; its times of the arms are those of report.py's tables.
+Peak memory is measured in a process of its own. "training", on an accelerator where there is one, takes base 0 of the
+study from runs/, or pretrains it; its times of the arms are those of report.py's tables.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from experiments import sweep
 from experiments.sweep import script
 from logits_replay import ReplayRecord, linear_replay_cross_entropy, linear_replay_kl_div, record_topk, sample_tail
 
-RESULTS, rows = sweep.RESULTS.with_name("speed.json"), []
+rows = []
 
 
 def report(what, value, target="", **details):
@@ -163,7 +163,7 @@ def measure_training(_):
                "; ".join(f"{part:.2f}" for part in (arm["step_ms"] / full, *runs)), aims.get(arm["name"], ""))
     report("Stage 0, s: the domain's record for the tail; the same, the anchor's text and its record",
            "; ".join(f"{arms[i]['stage0_s']:.1f}" for i in (1, 3)), arms=arms)
-    for factor in (1, 2, 4):
+    for factor in (1, 2, 4) if sweep.DEVICE.type == "cpu" else ():  # its stopwatch is the processor's
         measure_share(base, base.stored[sweep.DEFAULT["tau"]][0], factor)
 
 
@@ -179,7 +179,7 @@ def measure_share(base, record, factor):
     for method in 3 * list(found):
         head_ms = []
         score = watched(script.scorer(method, record, s, torch.Generator().manual_seed(0)), head_ms)
-        out = script.finetune(model, method, (tokens, targets), record, lambda *_: 0.0, s, 0, sweep.CPU, None, score)
+        out = script.finetune(model, method, (tokens, targets), record, lambda *_: 0.0, s, 0, sweep.DEVICE, None, score)
         found[method].append((statistics.median(head_ms), out["step_ms"]))
     full, tail = (tuple(map(statistics.median, zip(*turns))) for turns in found.values())
     head, step = (1 - b / a for a, b in zip(full, tail))
@@ -204,7 +204,8 @@ def main():
         MEASURES[name](args.device)
     found = {"device": f"{args.device}, {platform.machine()}, {torch.get_num_threads()} threads",
              "torch": torch.__version__, "rows": rows}
-    script.write_atomically(RESULTS, lambda file: file.write((json.dumps(found, indent=1) + "\n").encode()))
+    path = sweep.RESULTS.with_name(f"speed_{args.device.type}.json")
+    script.write_atomically(path, lambda file: file.write((json.dumps(found, indent=1) + "\n").encode()))
 
 
 if __name__ == "__main__":

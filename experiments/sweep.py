@@ -27,7 +27,9 @@ import train_small as script
 from experiments import rivals
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, CPU = ROOT / "experiments/results/sweep.json", torch.device("cpu")
+RESULTS = ROOT / "experiments/results/sweep.json"
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+MACHINE = f"{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else DEVICE}, torch {torch.__version__}"
 DEFAULT = dict(base=0, seed=0, method="full+adamw", variant="", lr=1.2e-3, steps=200, batch=32, max_angle=90.0,
                tau=0.9, tail=256, text="own", windows=120, anchor_tau=0.98, anchor_size=32, anchor_gold=True,
                anchor_step=2, anchor_weight=0.3)
@@ -52,9 +54,9 @@ DIALS = {
     "weight": [dict(anchor_weight=weight) for weight in (0.1, 0.3, 1.0, 3.0)],
     "begun with": [dict(text=text) for text in ("own", "own, end of text", "own, any token")],
     "gold in S": [dict(anchor_gold=gold) for gold in (True, False)]}
-"""dial -> its values, for anchor+adamw on base 0, one at a time."""
+"""dial -> its values, for anchor+adamw, one at a time."""
 LONGER = [*(dict(steps=steps) for steps in (100, 200, 400, 800)), dict(lr=2.4e-3)]
-"""Does forgetting stay put? For full+adamw, tail+adamw and anchor+adamw on base 0."""
+"""Does forgetting stay put? For full+adamw, tail+adamw and anchor+adamw."""
 PRICES = [dict(anchor_weight=0.5), dict(anchor_weight=1.0), dict(anchor_weight=1.0, anchor_step=1)]
 """More of the anchor than by default, on three bases: what it keeps against what it costs in accuracy."""
 
@@ -70,8 +72,8 @@ def studies(rows):
             "edges": [run for arm, mine in tried for run in runs([arm], beyond(mine))],
             "seed 1": [run for arm, mine in tried for run in runs([arm], [chosen(mine)], seed=1)],
             "dials": [run for values in DIALS.values() for value in values
-                      for run in runs([ANCHOR], [1.2e-3], [0], **value)],
-            "longer": [run for value in LONGER for run in runs([ANCHOR, FULL, TAIL], [1.2e-3], [0], **value)],
+                      for run in runs([ANCHOR], [1.2e-3], **value)],
+            "longer": [run for value in LONGER for run in runs([ANCHOR, FULL, TAIL], [1.2e-3], **value)],
             "tau": [run for tau in (0.9, 0.99) for run in runs([TAIL, dict(method="replay+adamw")], [8e-4], tau=tau)],
             "record": runs([TAIL, dict(TAIL, variant="gold only")], [8e-4]),
             "price": [run for price in PRICES for run in runs([{**ANCHOR, **price}], (1.2e-3, 1.6e-3, 2.4e-3))],
@@ -124,8 +126,8 @@ def prepared(seed):
     settings = dict(script.BASE, seed=seed)
     data = script.prepare(settings, 120)
     (ROOT / "runs").mkdir(exist_ok=True)
-    state, _ = script.load_base(data, settings, ROOT / "runs", CPU)
-    model = script.Model()
+    state, _ = script.load_base(data, settings, ROOT / "runs", DEVICE)
+    model = script.Model().to(DEVICE)
     model.load_state_dict(state)
     return SimpleNamespace(data=data, model=model.eval(), fingerprint=script.fingerprint(state), stored={})
 
@@ -141,8 +143,7 @@ def stored(base, key, make):
 
 def windows(base, s):
     """The anchor's text, (s.windows, context + 1)."""
-    device = base.model.embedding.weight.device
-    own = lambda count: script.write_text(base.model, base.data.tokenizer.end, count, device, s.seed)
+    own = lambda count: script.write_text(base.model, base.data.tokenizer.end, count, DEVICE, s.seed)
     given = lambda count: next(script.batches(base.data.streams[:2], dict(batch=count, seed=s.seed), base.data.context))
     if s.text == "given":
         return given(s.windows)  # half prose, half SQL, of what the base was pretrained on
@@ -159,20 +160,20 @@ def recorded(base, text, s):
     if not s.anchor_gold:
         with torch.no_grad():
             targets = torch.cat([(base.model(x) @ head.T).argmax(-1) for x in tokens.split(32)])
-    record = script.stage0(base.model, tokens, targets, s.anchor_tau, head.device, max_size=s.anchor_size,
+    record = script.stage0(base.model, tokens, targets, s.anchor_tau, DEVICE, max_size=s.anchor_size,
                            keep_log_probs=True)
-    return SimpleNamespace(tokens=tokens.to(head.device), record=record)
+    return SimpleNamespace(tokens=tokens, record=record)
 
 
 def stage0(base, s):
     """(record, text, anchor, what it took): all that Stage 0 makes; an arm pays for what it needs."""
     # the outside mass is measured on the domain's record for every arm
-    record, seconds = stored(base, s.tau, lambda: script.stage0(base.model, *base.data.domain_train, s.tau, CPU))
+    record, seconds = stored(base, s.tau, lambda: script.stage0(base.model, *base.data.domain_train, s.tau, DEVICE))
     needed = not s.method.startswith("full") and s.variant not in ("full softmax", "gold only")
     cost = {"stage0_s": seconds * needed, "record_bytes": len(record) * script.record_bytes(record) * needed}
     text, anchor, key = None, None, (s.text, s.windows, s.seed)
     if s.method.startswith("anchor") or s.variant in rivals.ON_TEXT:
-        text, seconds = stored(base, key, lambda: windows(base, s))
+        text, seconds = stored(base, key, lambda: windows(base, s).to(DEVICE))
         cost["stage0_s"] += seconds
     if s.method.startswith("anchor"):
         key = *key, s.anchor_tau, s.anchor_size, s.anchor_gold
@@ -189,7 +190,7 @@ def stage0(base, s):
 def measured(model, data):
     """{measure_part: value} on validation and test, nats per token under the full softmax."""
     return {f"{measure}_{part}": value for part in ("validation", "test")
-            for measure, value in script.evaluate(model, data, CPU, part).items() if measure != "samples"}
+            for measure, value in script.evaluate(model, data, DEVICE, part).items() if measure != "samples"}
 
 
 def train(base, s):
@@ -197,10 +198,11 @@ def train(base, s):
     data, model = base.data, copy.deepcopy(base.model)
     record, text, anchor, cost = stage0(base, s)
     c = SimpleNamespace(model=model, base=base.model, data=data, record=record, anchor=anchor, text=text, args=s,
-                        method=s.method, generator=torch.Generator().manual_seed(2**31 + s.seed))
+                        method=s.method, generator=torch.Generator(DEVICE).manual_seed(2**31 + s.seed))
     score, optimizer = rivals.VARIANTS[s.variant](c)
-    probe = script.outside_mass_probe(*data.domain_train, CPU)
-    out = script.finetune(model, s.method, data.domain_train, record, probe, s, s.seed, CPU, anchor, score, optimizer)
+    probe = script.outside_mass_probe(*data.domain_train, DEVICE)
+    out = script.finetune(model, s.method, data.domain_train, record, probe, s, s.seed, DEVICE, anchor, score,
+                          optimizer)
     return model, out | cost | {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
@@ -209,7 +211,8 @@ def run(settings):
     base, start = prepared(settings["base"]), time.perf_counter()
     model, out = train(base, SimpleNamespace(**settings))
     out |= measured(model, base.data)
-    return {**settings, "fingerprint": base.fingerprint, **out, "seconds": time.perf_counter() - start}
+    return {**settings, "fingerprint": base.fingerprint, "machine": MACHINE, **out,
+            "seconds": time.perf_counter() - start}
 
 
 def load():

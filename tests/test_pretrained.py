@@ -284,13 +284,16 @@ def test_a_study_is_written_as_it_goes_and_not_measured_again(tmp_path, monkeypa
         pretrained.main()
         return json.loads(results.read_text())
 
-    first, = study("--methods", "full+adamw", "anchor+adamw")
-    base, full, anchored = first["runs"]
-    assert [run["method"] for run in first["runs"]] == ["base", "full+adamw", "anchor+adamw"]
+    first = study("--methods", "full+adamw", "anchor+adamw")
+    base, full, anchored = first
+    assert [run["method"] for run in first] == ["base", "full+adamw", "anchor+adamw"]
     assert base["chat_kl"] == 0 and full["chat_kl"] > 0 and anchored["anchor_bytes_per_position"] > 100
+    assert full["forgetting_validation"] == full["general_nll_validation"] - base["general_nll_validation"]
     assert all(key in full for key in ("chat_same", "chat_answer", "forgetting", "forgetting_sql", "domain_accuracy",
                                        "domain_nll_validation", "step_ms"))
     assert "anchor+adamw: Give me three tips" in capsys.readouterr().out
-    assert study("--methods", "full+adamw", "anchor+adamw") == [first]
-    again, dense = study("--methods", "full+adamw", "--variant", "KL to base")
-    assert again == first and dense["runs"][1]["domain_nll"] != full["domain_nll"]
+    assert study("--methods", "full+adamw", "anchor+adamw") == first
+    *again, faster, dense = study("--methods", "full+adamw", "--lr", "1e-3") + study(
+        "--methods", "full+adamw", "--variant", "KL to base")[-1:]
+    assert again == first and faster["lr"] == 1e-3 and full["lr"] == 1e-4
+    assert len({run["domain_nll"] for run in (full, faster, dense)}) == 3
