@@ -16,7 +16,7 @@ subsets leave out, and the anchor, which keeps the model from forgetting, are th
     K_t                     smallest K whose K most probable tokens have total probability >= tau
     S_t      token_ids      row t of the record: the top-K_t tokens, plus y_t, by ascending id
     rho_t    outside_mass   probability outside S_t
-    nnz                     sum over t of |S_t|: all recorded tokens, row after row
+    nnz      rows           sum over t of |S_t|: all recorded tokens, row after row; record.rows: the t of each
     R, w     tail           tokens that every position scores beside its S_t, and their weights
     q                       p renormalized to S_t; q0: the recording model's, q1: the current one's
 
@@ -66,11 +66,11 @@ def record_topk(logits: Tensor, target: Tensor, tau: float, *, max_size=None, ig
         rho_t = sum of p_j over j not in S_t
 
     p_(k) is the k-th in rank: by probability, descending, equal ones by id, ascending, so S_t is unique. p is the
-    float32 softmax (float64 for float64 logits); the sum runs in rank order, in float64; all V if it never reaches tau.
+    float32 softmax (float64 for float64 logits); its sum runs in rank order, in float64; all V if it never reaches tau.
 
     logits: (..., V), finite, of any float dtype.   target: (...), integers in [0, V) or ignore_index (an empty row).
-    max_size: a cap on |S_t|, in which gold displaces the last in rank.   keep_log_probs: of S_t, for the anchor, nats.
-    Source: arXiv:2510.09152, abstract (Stage 0). Ties, arithmetic and max_size are this project's decisions.
+    max_size: a cap on |S_t|, in which gold displaces the last in rank.   keep_log_probs: log p on S_t, for the anchor,
+    in nats; they and rho are float32. Source: arXiv:2510.09152, abstract (Stage 0); ties, arithmetic, max_size: ours.
     """
     _require(0 < tau <= 1, f"tau must lie in (0, 1], got {tau}")
     _require(max_size is None or max_size >= 1, f"max_size must be at least 1, got {max_size}")
@@ -153,8 +153,8 @@ def replay_cross_entropy(logits: Tensor, target: Tensor, record: ReplayRecord, *
 
     Mirrors `F.cross_entropy`: logits (..., V), target (...), "mean" is over the targets that are not ignored, and over
     none it is nan, its gradient 0. Without tail it never exceeds `F.cross_entropy` (THEORY.md R2); its gradient by z_j
-    is q_j - [j = y] on S_t, exactly 0 outside (R3), so that nothing holds the outside mass down (R7). A `Tail` does
-    (R9). Source: arXiv:2510.09152, abstract ("exact renormalized losses").
+    is q_j - [j = y] on S_t, exactly 0 outside (R3), so that nothing holds the outside mass down (R7). A `Tail` does, by
+    w_j exp(z_j - L_t - z_y) on R (R9). Source: arXiv:2510.09152, abstract ("exact renormalized losses").
 
     >>> logits, target = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
     >>> record = record_topk(logits, target, tau=0.9)                    # keeps tokens 0 and 1

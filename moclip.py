@@ -33,7 +33,7 @@ def angle_between(u: Tensor, v: Tensor) -> Tensor:
     Accurate also near 0 and pi, where arccos loses half of the digits; 0 if a vector is zero, as nothing is there to
     turn away from. Raises ValueError for unequal shapes and for tensors that are not real floating point.
     """
-    (u, v), _ = _scaled(u=u, v=v)  # each divided by its largest entry, so that no square leaves the dtype's range
+    (u, v), _ = _scaled(u=u, v=v)  # each divided by its largest |entry|, so that no square leaves the dtype's range
     theta, *_ = _rotation([u], [v])
     return theta.to(torch.promote_types(u.dtype, v.dtype))
 
@@ -42,7 +42,7 @@ def clip_angle(grad: Tensor, momentum: Tensor, max_angle: float) -> Tensor:
     """Rotate `grad` towards `momentum` until the angle between them is at most `max_angle` (radians in [0, pi]).
 
         g~ = g                                       if theta <= Delta or m = 0
-           = g, and `MoClip` restarts m at zero      if antiparallel: theta > Delta and pi/2, sin(theta) <= sqrt(eps)
+           = g, and `MoClip` restarts m at zero      if antiparallel: theta > max(Delta, pi/2), sin(theta) <= sqrt(eps)
            = |g| (cos(Delta) m/|m| + sin(Delta) n)   otherwise, n = unit vector of g - <g, m/|m|> m/|m|
 
     eps is float32's, so that theta is within 3.5e-4 of pi, and float64's if both are float64: antiparallel vectors span
@@ -61,8 +61,8 @@ def clip_angle(grad: Tensor, momentum: Tensor, max_angle: float) -> Tensor:
 
 def _rotation(grads, momenta, max_angle=math.pi, group=None):
     """(theta, A, B, keep), 0-dim, of g and m in pieces: lists of tensors, grads[k] shaped as momenta[k].
-    `angle_between` is theta, but 0 where the square of g or m, and with it v = g^2, is no normal number of the dtype
-    (1e-38 to 1e38 for float32), NaN where <g, m> overflows. `clip_angle` is A g + B m; keep is 0 at a restart, else 1.
+    theta is their angle, but 0 where |g|^2 or |m|^2 is no normal number of the dtype (1e-38 to 1e38 for float32), as v
+    is none there either, and NaN where <g, m> overflows. `clip_angle` is A g + B m; keep is 0 at a restart, else 1.
     """
     # `_total` adds up the pieces, in float64; `sum` works in pairs, torch's float32 dot of 10^8 entries is percents off
     gm = _total(((g * m).sum() for g, m in zip(grads, momenta)), group)

@@ -41,7 +41,8 @@ ARMS = {
              "anchor+adamw": ANCHOR},
     "moclip": {method: dict(method=method) for method in ("anchor+moclip", "full+moclip", "tail+moclip")},
     "rivals": {variant: dict(FULL, variant=variant) for variant in
-               ("LoRA 8", "LoRA 32", "L2-SP 0.001", "L2-SP 0.01", "eps 0.0001", "KL to base", "mixed", "own tokens")},
+               ("LoRA 8", "LoRA 32", "L2-SP 0.001", "L2-SP 0.01", "L2-SP 0.03", "L2-SP 0.1", "eps 0.0001", "KL to base",
+                "mixed", "own tokens")},
     "texts": {f"anchor+adamw, {text}": dict(ANCHOR, text=text.split()[0]) for text in ("given text", "both texts")},
     "full+anchor": {"anchor+adamw, full softmax": dict(ANCHOR, variant="full softmax")}}
 """study -> arm -> its settings, but for base, seed and learning rate."""

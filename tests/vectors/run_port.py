@@ -47,7 +47,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vectors import calls, compare, fuzz
+from vectors import calls, compare
 
 FOLDER = Path(__file__).parent
 NEEDS = {"1_recording.json": ["record_topk"], "2_loss.json": ["replay_cross_entropy", "outside_mass"],
@@ -102,6 +102,7 @@ def main(port, *arguments):
               f"in {time.perf_counter() - begin:.1f} s")
         wrong += failed
     if "fuzz" in arguments:
+        from vectors import fuzz  # which alone needs plain_reference.py
         failed = fuzz.failures(port, dtypes)
         print(f"fuzz: {len(failed)} rows fail; at most ten are shown")
         wrong += failed[:10]
