@@ -129,17 +129,19 @@ def arms_table(*studies):
 
 def same_rate(rows):
     """Tail and anchor against the full softmax with the same optimizer at the same rate: nothing is chosen."""
-    return against([((f"{loss}+{optimizer}", f"{lr:g}"), at(select(rows, method=f"{loss}+{optimizer}", seed=0), lr),
-                     at(select(rows, method=f"full+{optimizer}", seed=0), lr))
+    return against([((f"{loss}+{optimizer}", f"{lr:g}"), at(select(rows, method=f"{loss}+{optimizer}"), lr),
+                     at(select(rows, method=f"full+{optimizer}"), lr))
                     for optimizer in ("adamw", "moclip") for loss in ("tail", "anchor") for lr in sweep.LADDER],
                    ["against full with the same optimizer", "lr"])
 
 
-def rates(rows):
-    """Every arm at every rate, of seed 0; a choice looks at validation only."""
-    lines = [((name, f"{lr:g}", f"{mean(mine, 'domain_accuracy_validation'):.1%}"), mine) for name, arm in ALL.items()
-             for lr in sweep.LADDER if (mine := at(select(rows, seed=0, **arm), lr))]
-    return table(lines, ("arm", "lr", "accuracy, validation"), ("accuracy", *LOSS))
+def rates(arms):
+    """These arms at every rate, of seed 0; a choice looks at validation only."""
+    def build(rows):
+        lines = [((name, f"{lr:g}", f"{mean(mine, 'domain_accuracy_validation'):.1%}"), mine) for name, arm in
+                 arms.items() for lr in sweep.LADDER if (mine := at(select(rows, seed=0, **arm), lr))]
+        return table(lines, ("arm", "lr", "accuracy, validation"), ("accuracy", *LOSS))
+    return build
 
 
 def dials(rows):
@@ -156,14 +158,6 @@ def longer(rows):
              for value in sweep.LONGER for lr in [value.get("lr", 1.2e-3)]
              for name, arm in (("full+adamw", FULL), ("tail+adamw", TAIL), ("anchor+adamw", ANCHOR))]
     return table(lines, ("arm", "steps", "lr"), ("accuracy", *LOSS, "run, s"))
-
-
-def price(rows):
-    """More of the anchor than by default, at three rates: what it keeps against what it costs in accuracy."""
-    lines = [((mine[0]["anchor_weight"], mine[0]["anchor_step"], f"{lr:g}"), mine)
-             for more in ({}, *sweep.PRICES) for lr in (1.2e-3, 1.6e-3, 2.4e-3)
-             if (mine := at(select(rows, seed=0, **{**ANCHOR, **more}), lr))]
-    return table(lines, ("weight", "windows a step", "lr"), ("accuracy", *LOSS, "ms a step"))
 
 
 def fixed(title, settings, *measures):
@@ -195,6 +189,16 @@ def speed(device):
                                                             for row in result(f"speed_{device}")["rows"]))
 
 
+def costs(_):
+    """Every arm's step, and its run of 200 and of 400 steps with all of Stage 0, as parts of full+adamw's."""
+    arms = next(row["arms"] for row in result("speed_cpu")["rows"] if "arms" in row)
+    full = arms[0]["step_ms"]
+    return markdown(["arm", "ms a step", "part of full's step", "Stage 0, s", "part of its 200 steps", "of 400"],
+                    ((arm["name"], f"{arm['step_ms']:.0f}", f"{arm['step_ms'] / full:.2f}", f"{arm['stage0_s']:.1f}",
+                      *(f"{(arm['step_ms'] + 1e3 * arm['stage0_s'] / n) / full:.2f}" for n in (200, 400)))
+                     for arm in arms))
+
+
 def pretrained(domain, every_rate=False):
     """A pretrained model, ± over seeds: each arm at the rate that validation chooses, or at every rate, of seed 0."""
     keys = {"domain_accuracy": "accuracy", "domain_nll": "domain NLL", "forgetting": "prose lost",
@@ -217,9 +221,10 @@ def pretrained(domain, every_rate=False):
     return build
 
 
-TABLES = {"main": arms_table("main", "moclip"), "rivals": arms_table("rivals"), "rates": rates,
+TABLES = {"main": arms_table("main", "moclip"), "rivals": arms_table("rivals"), "costs": costs,
+          "rates": rates(sweep.ARMS["main"]), "all rates": rates(ALL),
           "texts": arms_table("texts", "full+anchor"), "same rate": same_rate, "dials": dials,
-          "price": price, "longer": longer, "bases": bases, "first run": first_run, "speed": speed("cpu"),
+          "longer": longer, "bases": bases, "first run": first_run, "speed": speed("cpu"),
           "pretrained": pretrained("sql"), "calls": pretrained("calls"),
           "pretrained rates": pretrained("sql", every_rate=True), "speed cuda": speed("cuda"),
           "tau": fixed("arm", {f"{arm['method']}, tau = {tau}": {**arm, "tau": tau} for tau in (0.9, 0.99)
