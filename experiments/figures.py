@@ -28,8 +28,8 @@ STYLE = {
     "xtick.color": GREY, "ytick.color": GREY, "font.size": 12, "axes.titlesize": 12, "axes.labelsize": 12,
     "legend.fontsize": 12, "xtick.labelsize": 12, "ytick.labelsize": 12, "legend.handlelength": 2.6}
 LOOKS = {"full+adamw": (GREY, "o", "-"), "tail+adamw": (BLUE, "D", "--"), "anchor+adamw": (GREEN, "s", "-"),
-         "replay+adamw": (RED, "v", ":"), "anchor+moclip": (GREEN, "s", ":"), "KL to base": (ORANGE, "^", "--"),
-         "eps 0.0001": (RED, "*", "-."), "LoRA 32": (ORANGE, "P", ":"), "L2-SP 0.001": (BLUE, "X", ":"),
+         "replay+adamw": (RED, "v", ":"), "KL to base": (ORANGE, "^", "--"), "L2-SP 0.03": (BLUE, "X", ":"),
+         "anchor+moclip": (GREEN, "s", ":"), "eps 0.0001": (RED, "*", "-."), "LoRA 32": (ORANGE, "P", ":"),
          "mixed": (GREY, "p", "-."), "own tokens": (RED, "d", ":")}
 
 

@@ -36,7 +36,7 @@ def load():
                      "prose lost": row["general_nll_test"] - base["general_nll_test"],
                      "SQL lost": row["other_nll_test"] - base["other_nll_test"],
                      "outside mass": row["outside_mass_end"], "ms a step": ms,
-                     "tokens recorded": row["subset_size_mean"], "tokens": row.get("anchor_tokens_a_position"),
+                     "tokens": row.get("anchor_tokens_a_position"),
                      "bytes": row.get("anchor_bytes_a_position"),
                      "run, s": times and stage0 + row["steps"] * ms / 1e3 or None, "clipped": row["clip_fraction"],
                      "record, MB": (row["record_bytes"] + row.get("anchor_bytes", 0)) / 1e6})
@@ -45,7 +45,7 @@ def load():
 
 FORMS = collections.defaultdict(lambda: "{:.3f}", {
     "accuracy": "{:.1%}", "domain_accuracy_validation": "{:.1%}", "outside mass": "{:.4f}", "ms a step": "{:.0f}",
-    "run, s": "{:.0f}", "record, MB": "{:.1f}", "clipped": "{:.0%}", "tokens recorded": "{:.0f}", "tokens": "{:.0f}",
+    "run, s": "{:.0f}", "record, MB": "{:.1f}", "clipped": "{:.0%}", "tokens": "{:.0f}",
     "bytes": "{:.0f}", "chat same": "{:.0%}"})
 PRICE = ["ms a step", "run, s", "record, MB"]
 
@@ -128,11 +128,10 @@ def arms_table(*studies):
 
 
 def same_rate(rows):
-    """Tail and anchor against the full softmax with the same optimizer at the same rate: nothing is chosen."""
-    return against([((f"{loss}+{optimizer}", f"{lr:g}"), at(select(rows, method=f"{loss}+{optimizer}"), lr),
-                     at(select(rows, method=f"full+{optimizer}"), lr))
-                    for optimizer in ("adamw", "moclip") for loss in ("tail", "anchor") for lr in sweep.LADDER],
-                   ["against full with the same optimizer", "lr"])
+    """Arms against the full softmax, all with AdamW at the same rate: nothing is chosen."""
+    names = ("tail+adamw", "anchor+adamw", "KL to base", "L2-SP 0.01", "L2-SP 0.03")
+    return against([((name, f"{lr:g}"), at(select(rows, **ALL[name]), lr), at(select(rows, **FULL), lr))
+                    for lr in (8e-4, 1.2e-3) for name in names], ["against full+adamw", "lr"])
 
 
 def rates(arms):
@@ -154,9 +153,8 @@ def dials(rows):
 
 def longer(rows):
     """Does forgetting stay put? Up to four times as many steps, and twice the rate."""
-    lines = [((name, value.get("steps", 200), f"{lr:g}"), at(select(rows, seed=0, **{**arm, **value}), lr))
-             for value in sweep.LONGER for lr in [value.get("lr", 1.2e-3)]
-             for name, arm in (("full+adamw", FULL), ("tail+adamw", TAIL), ("anchor+adamw", ANCHOR))]
+    lines = [((name, value.get("steps", 200), f"{lr:g}"), at(select(rows, seed=0, **{**ALL[name], **value}), lr))
+             for value in sweep.LONGER for lr in [value.get("lr", 1.2e-3)] for name in sweep.LONG]
     return table(lines, ("arm", "steps", "lr"), ("accuracy", *LOSS, "run, s"))
 
 
@@ -227,8 +225,6 @@ TABLES = {"main": arms_table("main", "moclip"), "rivals": arms_table("rivals"), 
           "longer": longer, "bases": bases, "first run": first_run, "speed": speed("cpu"),
           "pretrained": pretrained("sql"), "calls": pretrained("calls"),
           "pretrained rates": pretrained("sql", every_rate=True), "speed cuda": speed("cuda"),
-          "tau": fixed("arm", {f"{arm['method']}, tau = {tau}": {**arm, "tau": tau} for tau in (0.9, 0.99)
-                               for arm in (ALL["replay+adamw"], TAIL)}, "outside mass", "tokens recorded"),
           "record": fixed("recorded, tail+adamw", {"gold only, no Stage 0": {**TAIL, "variant": "gold only"},
                                                    "tau = 0.9": TAIL}, "outside mass"),
           "cap": fixed("tail+moclip", {f"cap {cap:g}°": {**ALL["tail+moclip"], "max_angle": cap}

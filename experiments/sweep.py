@@ -57,7 +57,8 @@ DIALS = {
     "gold in S": [dict(anchor_gold=gold) for gold in (True, False)]}
 """dial -> its values, for anchor+adamw, one at a time."""
 LONGER = [*(dict(steps=steps) for steps in (100, 200, 400, 800)), dict(lr=2.4e-3)]
-"""Does forgetting stay put? For full+adamw, tail+adamw and anchor+adamw."""
+LONG = "full+adamw", "tail+adamw", "anchor+adamw", "L2-SP 0.03"
+"""Does forgetting stay put? For these arms."""
 TWICE = "full+adamw", "tail+adamw", "anchor+adamw", "KL to base", "L2-SP 0.01"
 """Arms of which a second seed is run, at 1.2e-3 and at their chosen rates."""
 
@@ -75,8 +76,7 @@ def studies(rows):
                        for run in runs([arm], {1.2e-3, chosen(mine)}, seed=1)],
             "dials": [run for values in DIALS.values() for value in values
                       for run in runs([ANCHOR], [1.2e-3], **value)],
-            "longer": [run for value in LONGER for run in runs([ANCHOR, FULL, TAIL], [1.2e-3], **value)],
-            "tau": [run for tau in (0.9, 0.99) for run in runs([TAIL, dict(method="replay+adamw")], [8e-4], tau=tau)],
+            "longer": [run for value in LONGER for run in runs([ALL[arm] for arm in LONG], [1.2e-3], **value)],
             "record": runs([TAIL, dict(TAIL, variant="gold only")], [8e-4]),
             "cap": [run for cap in (60.0, 90.0, 180.0)
                     for run in runs([dict(method="tail+moclip")], [8e-4], max_angle=cap)]}
