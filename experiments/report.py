@@ -225,8 +225,9 @@ TABLES = {"main": arms_table("main", "moclip"), "rivals": arms_table("rivals"), 
           "longer": longer, "bases": bases, "first run": first_run, "speed": speed("cpu"),
           "pretrained": pretrained("sql"), "calls": pretrained("calls"),
           "pretrained rates": pretrained("sql", every_rate=True), "speed cuda": speed("cuda"),
-          "record": fixed("recorded, tail+adamw", {"gold only, no Stage 0": {**TAIL, "variant": "gold only"},
-                                                   "tau = 0.9": TAIL}, "outside mass"),
+          "record": fixed("loss, recorded", {**{f"replay, tau = {t}": {**sweep.REPLAY, "tau": t} for t in sweep.TAUS},
+                                             "tail, tau = 0.9": TAIL,
+                                             "tail, gold only": {**TAIL, "variant": "gold only"}}, "outside mass"),
           "cap": fixed("tail+moclip", {f"cap {cap:g}°": {**ALL["tail+moclip"], "max_angle": cap}
                                        for cap in (60.0, 90.0, 180.0)}, "clipped")}
 

@@ -131,7 +131,7 @@ def gold_only(c):
 
 VARIANTS = {"": lambda c: (None, None),
             **{f"LoRA {rank}": lora(rank) for rank in (8, 32)},
-            **{f"L2-SP {strength:g}": l2_sp(strength) for strength in (1e-3, 1e-2, 3e-2, 1e-1)},
+            **{f"L2-SP {strength:g}": l2_sp(strength) for strength in (1e-3, 1e-2, 3e-2)},
             "eps 0.0001": large_eps, "KL to base": kl_to_base, "own tokens": own_tokens, "mixed": mixed,
             "full softmax": full_softmax, "gold only": gold_only}
 """name -> function of `c`; "" is the method itself."""

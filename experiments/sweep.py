@@ -35,14 +35,14 @@ DEFAULT = dict(base=0, seed=0, method="full+adamw", variant="", lr=1.2e-3, steps
                anchor_step=2, anchor_weight=0.3)
 BASES, RATES, LARGE = (0, 1, 2), (4e-4, 8e-4, 1.2e-3, 1.6e-3), (1.6e-3, 3.2e-3, 6.4e-3, 1.28e-2)
 LADDER = sorted({1e-4, 2e-4, 2.4e-3, 2.56e-2, *RATES, *LARGE})
-FULL, TAIL, ANCHOR = (dict(method=f"{loss}+adamw") for loss in ("full", "tail", "anchor"))
+FULL, TAIL, REPLAY, ANCHOR = (dict(method=f"{loss}+adamw") for loss in ("full", "tail", "replay", "anchor"))
+TAUS = 0.9, 0.98, 0.999
 ARMS = {
-    "main": {"full+adamw": FULL, "tail+adamw": TAIL, "replay+adamw": dict(method="replay+adamw"),
-             "anchor+adamw": ANCHOR},
+    "main": {"full+adamw": FULL, "tail+adamw": TAIL, "replay+adamw": REPLAY, "anchor+adamw": ANCHOR},
     "moclip": {method: dict(method=method) for method in ("anchor+moclip", "full+moclip", "tail+moclip")},
     "rivals": {variant: dict(FULL, variant=variant) for variant in
-               ("LoRA 8", "LoRA 32", "L2-SP 0.001", "L2-SP 0.01", "L2-SP 0.03", "L2-SP 0.1", "eps 0.0001", "KL to base",
-                "mixed", "own tokens")},
+               ("LoRA 8", "LoRA 32", "L2-SP 0.001", "L2-SP 0.01", "L2-SP 0.03", "eps 0.0001", "KL to base", "mixed",
+                "own tokens")},
     "texts": {f"anchor+adamw, {text}": dict(ANCHOR, text=text.split()[0]) for text in ("given text", "both texts")},
     "full+anchor": {"anchor+adamw, full softmax": dict(ANCHOR, variant="full softmax")}}
 """study -> arm -> its settings, but for base, seed and learning rate."""
@@ -77,7 +77,7 @@ def studies(rows):
             "dials": [run for values in DIALS.values() for value in values
                       for run in runs([ANCHOR], [1.2e-3], **value)],
             "longer": [run for value in LONGER for run in runs([ALL[arm] for arm in LONG], [1.2e-3], **value)],
-            "record": runs([TAIL, dict(TAIL, variant="gold only")], [8e-4]),
+            "record": runs([TAIL, dict(TAIL, variant="gold only"), *(dict(REPLAY, tau=tau) for tau in TAUS)], [8e-4]),
             "cap": [run for cap in (60.0, 90.0, 180.0)
                     for run in runs([dict(method="tail+moclip")], [8e-4], max_angle=cap)]}
 
