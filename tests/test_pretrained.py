@@ -100,11 +100,11 @@ WAYS = [*[(kind, LOOP) for kind in AS_PRINTED], *[(kind, scaled(kind)) for kind 
 
 @pytest.mark.parametrize("kind, loop", WAYS, ids=[f"{kind}-{i}" for i, (kind, _) in enumerate(WAYS)])
 def test_a_step_of_the_loop_is_that_of_the_cross_entropy_of_the_models_own_logits(kind, loop):
-    # a tail of 256 is the whole vocabulary here, so the loss is full cross-entropy; and the anchor's gradient is zero
+    # a tail of 1024 is the whole vocabulary here, so the loss is full cross-entropy; and the anchor's gradient is zero
     # at the first step, since the model still says what was recorded, to the rounding of its float32 log-probabilities
     model = MODELS[kind]()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    sgd = lambda parameters, lr: torch.optim.SGD(parameters, 1.0)
+    sgd = lambda parameters, **_: torch.optim.SGD(parameters, 1.0)
     names = run(loop, model, sgd)
     after = {name: p.detach().clone() for name, p in model.named_parameters()}
     with torch.no_grad():
@@ -158,7 +158,7 @@ def plainly_sampled(model, text):
 def test_the_loop_lets_the_model_write_plain_samples_of_full_length():
     model = tiny("Llama")
     model.generation_config.update(temperature=0.3, top_k=5, top_p=0.5, repetition_penalty=1.5, do_sample=True)
-    names = run(LOOP, model, lambda parameters, lr: torch.optim.SGD(parameters, 0.0), steps=2)
+    names = run(LOOP, model, lambda parameters, **_: torch.optim.SGD(parameters, 0.0), steps=2)
     text, window = names["text"], names["window"]
     assert text.shape == (120, 97) and (text[::2, 0] == 1).all() and len(text[1::2, 0].unique()) > 30
     assert plainly_sampled(model, text)
