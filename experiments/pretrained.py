@@ -252,7 +252,7 @@ def main():
         if kept(**settings):
             continue
         model, record, text, anchor, start = copy.deepcopy(base), None, None, None, time.perf_counter()
-        if not method.startswith("full") and args.variant not in ("gold only", "full softmax"):
+        if not method.startswith("full") and args.variant not in rivals.UNRECORDED:
             record = record_shards(Hidden(base), ids, labels, args.tau, device)
         if method.startswith("anchor") or args.variant in rivals.ON_TEXT:
             text = (write_text(base, args.anchor, seed) if args.anchor_text == "own" else

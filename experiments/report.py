@@ -221,7 +221,7 @@ def pretrained(domain, every_rate=False):
 
 TABLES = {"main": arms_table("main", "moclip"), "rivals": arms_table("rivals"), "costs": costs,
           "rates": rates(sweep.ARMS["main"]), "all rates": rates(ALL),
-          "texts": arms_table("texts", "full+anchor"), "same rate": same_rate, "dials": dials,
+          "texts": arms_table("texts", "beside"), "same rate": same_rate, "dials": dials,
           "longer": longer, "bases": bases, "first run": first_run, "speed": speed("cpu"),
           "pretrained": pretrained("sql"), "calls": pretrained("calls"),
           "pretrained rates": pretrained("sql", every_rate=True), "speed cuda": speed("cuda"),

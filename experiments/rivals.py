@@ -15,6 +15,7 @@ import train_small as script
 from logits_replay import ReplayRecord, linear_replay_cross_entropy, sample_tail
 
 ON_TEXT = ("KL to base", "own tokens")  # they read the windows of the anchor's text, and need no record of them
+UNRECORDED = ("full softmax", "gold only", "gold only, anchor")  # they need no record of the domain
 
 
 def own(c):
@@ -108,17 +109,6 @@ def mixed(c):
     return with_text, None
 
 
-def full_softmax(c):
-    """The anchor beside the full softmax, in place of the tail's loss."""
-    T = c.anchor.tokens.shape[1]
-
-    def said(head):
-        w = drawn(c)
-        record = c.anchor.record.select(T * w[:, None] + torch.arange(T, device=w.device))
-        return script.linear_replay_kl_div(c.model(c.anchor.tokens[w]).flatten(0, 1), head, record)
-    return beside(c, lambda hidden, head, gold, rows: F.linear_cross_entropy(hidden, head, gold), said)
-
-
 def gold_only(c):
     """The tail with nothing recorded, S_t = {y_t}: plain sampled softmax, no Stage 0."""
     def score(hidden, head, gold, rows):
@@ -126,12 +116,26 @@ def gold_only(c):
         record = ReplayRecord(gold.int(), torch.arange(N + 1, device=gold.device), hidden.new_zeros(N), len(head), 1.0)
         tail = sample_tail(gold, len(head), c.args.tail, generator=c.generator)
         return linear_replay_cross_entropy(hidden, head, gold, record, tail=tail)
-    return score, None
+    return score
+
+
+def with_anchor(loss):
+    """The anchor beside another loss than the tail's, which needs no record of the domain."""
+    def build(c):
+        T = c.anchor.tokens.shape[1]
+
+        def said(head):
+            w = drawn(c)
+            record = c.anchor.record.select(T * w[:, None] + torch.arange(T, device=w.device))
+            return script.linear_replay_kl_div(c.model(c.anchor.tokens[w]).flatten(0, 1), head, record)
+        return beside(c, loss(c), said)
+    return build
 
 
 VARIANTS = {"": lambda c: (None, None),
             **{f"LoRA {rank}": lora(rank) for rank in (8, 32)},
             **{f"L2-SP {strength:g}": l2_sp(strength) for strength in (1e-3, 1e-2, 3e-2)},
             "eps 0.0001": large_eps, "KL to base": kl_to_base, "own tokens": own_tokens, "mixed": mixed,
-            "full softmax": full_softmax, "gold only": gold_only}
+            "full softmax": with_anchor(lambda c: script.scorer("full", None, c.args, None)),
+            "gold only": lambda c: (gold_only(c), None), "gold only, anchor": with_anchor(gold_only)}
 """name -> function of `c`; "" is the method itself."""

@@ -44,7 +44,8 @@ ARMS = {
                ("LoRA 8", "LoRA 32", "L2-SP 0.001", "L2-SP 0.01", "L2-SP 0.03", "eps 0.0001", "KL to base", "mixed",
                 "own tokens")},
     "texts": {f"anchor+adamw, {text}": dict(ANCHOR, text=text.split()[0]) for text in ("given text", "both texts")},
-    "full+anchor": {"anchor+adamw, full softmax": dict(ANCHOR, variant="full softmax")}}
+    "beside": {"anchor+adamw, full softmax": dict(ANCHOR, variant="full softmax"),
+               "anchor+adamw, gold only": dict(ANCHOR, variant="gold only, anchor")}}
 """study -> arm -> its settings, but for base, seed and learning rate."""
 ALL = {name: arm for arms in ARMS.values() for name, arm in arms.items()}
 DIALS = {
@@ -57,10 +58,8 @@ DIALS = {
     "gold in S": [dict(anchor_gold=gold) for gold in (True, False)]}
 """dial -> its values, for anchor+adamw, one at a time."""
 LONGER = [*(dict(steps=steps) for steps in (100, 200, 400, 800)), dict(lr=2.4e-3)]
-LONG = "full+adamw", "tail+adamw", "anchor+adamw", "L2-SP 0.03"
-"""Does forgetting stay put? For these arms."""
-TWICE = "full+adamw", "tail+adamw", "anchor+adamw", "KL to base", "L2-SP 0.01"
-"""Arms of which a second seed is run, at 1.2e-3 and at their chosen rates."""
+LONG = "full+adamw", "tail+adamw", "anchor+adamw", "L2-SP 0.03"  # does forgetting stay put?
+TWICE = "full+adamw", "tail+adamw", "anchor+adamw", "KL to base", "L2-SP 0.01"  # seed 1, at 1.2e-3 and chosen
 
 
 def studies(rows):
@@ -170,7 +169,7 @@ def stage0(base, s):
     """(record, text, anchor, what it took): all that Stage 0 makes; an arm pays for what it needs."""
     # the outside mass is measured on the domain's record for every arm
     record, seconds = stored(base, s.tau, lambda: script.stage0(base.model, *base.data.domain_train, s.tau, DEVICE))
-    needed = not s.method.startswith("full") and s.variant not in ("full softmax", "gold only")
+    needed = not s.method.startswith("full") and s.variant not in rivals.UNRECORDED
     cost = {"stage0_s": seconds * needed, "record_bytes": len(record) * script.record_bytes(record) * needed}
     text, anchor, key = None, None, (s.text, s.windows, s.seed)
     if s.method.startswith("anchor") or s.variant in rivals.ON_TEXT:
