@@ -174,6 +174,7 @@ OF_TARGETS = [
     ("short rows filled up with logits of -10^4", BOTH, *filled("-1e4")),
     ("short rows filled up with logits of -10^9", BOTH, *filled("-1e9")),
     ("short rows filled up with logits of -10^30", BOTH, *filled("-1e30")),
+    ("a logit of -inf taken", BOTH, FINITE, "if not all(x < math.inf"),
     ("gold outside its row taken", BOTH, IN_ROW, "require(True, "),
     ("the record of the first call with these shapes", BOTH, *traced(CROSS_ENTROPY, "token_ids", "logits.shape")),
     ("ignore_index of the first call with these shapes", BOTH, *traced(CROSS_ENTROPY, "ignore_index", "logits.shape")),
@@ -205,7 +206,6 @@ OF_HEADS = [
     ("head's gradient of the last two rows only", BOTH, "zip(dz, input)", "[*zip(dz, input)][(len(dz) - 1) // 2 * 2:]"),
     ("bias's gradient of the last two rows only", BOTH, "[math.fsum(dz) for",
      "[math.fsum(dz[(len(dz) - 1) // 2 * 2:]) for"),
-    ("a logit of -inf taken", BOTH, FINITE, "if not all(x < math.inf"),
 ]
 # of those of which a batch has many tokens
 OF_LONG_ROWS = [
@@ -308,6 +308,7 @@ ANCHOR = [
      "return token_ids[:len(positions)], log_probs[:len(positions)]"),
     ("the selected rows in ascending order", BOTH, *within(PICKED, "positions", "sorted(positions)")),
     ("probabilities of a row above 1 taken", BOTH, SUMS, "require(True"),
+    ("a logit of -inf taken", BOTH, FINITE, "if not all(x < math.inf"),
     ("probabilities of a row above 1.000001 refused", BOTH, *within(SUMS, "1.01", "1.000001")),
     ("probabilities of a row above 1.005 refused", BOTH, *within(SUMS, "1.01", "1.005")),
     ("probabilities of a row above 1 taken, but for the first row", BOTH,
@@ -421,6 +422,7 @@ mass = 0.0
          "(-p[j], j))", "(-log_p[j], j))"),
         ("ranked by log p in float32", BOTH, *LAST_LOGITS, START, START + "\n        log_p = log_softmax(z)",
          "(-p[j], j))", "(-f32(log_p[j]), j))"),
+        ("a logit of -inf taken", BOTH, FINITE, "if not all(x < math.inf"),
         ("running sum in blocks of 512", WIDE, *blocks(512)),
         ("running sum in blocks of 128", WIDE, *blocks(128)),
         ("ties within 1e-7", BOTH, "(-p[j], j))", "(-round(p[j], 7), j))"),
@@ -744,7 +746,9 @@ pad = [-1e9 for j in tail[0] if j in subset]
         ("log-weights of 10 at most", BOTH, *within(TERMS, "log_weight", "min(log_weight, 10.0)")),
         ("log-weights of -10 at least", BOTH, *within(TERMS, "log_weight", "max(log_weight, -10.0)")),
         ("no tail for a row of one token", BOTH, *within(TERMS, "j not in x:", "j not in x and len(subset) > 1:")),
-        ("a logit of -inf in the tail taken", BOTH, "used = [{*row, *tail[0]}", "used = [{*row}"),
+        ("a logit of -inf in the tail taken", BOTH,
+         "used = [{*row, *tail[0]}", "used = [{*row}", "self.finite(logits, [{*row, *tail[0]}",
+         "self.finite(logits, [{*row}"),
         ("the tail of the first call with these shapes", BOTH,
          *traced(CROSS_ENTROPY, "tail", "(logits.shape, len(tail[0]))")),
     ],

@@ -135,9 +135,10 @@ def recording_inputs():
         ("540 of 600 equal tokens, if added one after the other and not by blocks", [[0.0] * 600], [0],
          in_order([1 / 600] * 540), None, -100, "float64"),
         ("a small outside mass of large logits", [[x + 1e5 for x in SMALL]], [0], 0.9, None, -100),
+        ("refused: a logit of -inf", [five, ["-inf", *five[1:]]], [4, 4], 0.5, None, -100),
     ]
     for name, logits, target, tau, max_size, ignore_index, *dtype in cases:
-        assert "rounded" in name or dtype or clear(logits, tau, max_size), name
+        assert "rounded" in name or "-inf" in name or dtype or clear(logits, tau, max_size), name
         yield dict(name=name, logits=logits, target=target, tau=tau, max_size=max_size, ignore_index=ignore_index,
                    **({"dtype": dtype[0]} if dtype else {}))
 
@@ -172,6 +173,8 @@ def loss_inputs():
         ("a logit below -10^30, beside a longer row", [[0.0, 1.0, 2.0, 3.0], [FURTHER, 0.0, 0.0, 0.0]], [0, 0],
          [[0, 1, 2, 3], [0]], -100),
         ("a small outside mass of large logits", [[x + 1e5 for x in SMALL]], [0], [[0, 1]], -100),
+        ("refused: a logit of -inf that is not gold's", [logits[0], [*logits[1][:4], "-inf", *logits[1][5:]]], [2, 1],
+         [rows[0], [1, 4]], -100),
         ("a row of 300 tokens", [[j * 5 % 24 / 8 for j in range(310)]], [7], [[*range(5, 305)]], -100),
     ]
     for name, logits, target, rows, ignore_index in cases:
@@ -532,6 +535,7 @@ def anchor_inputs():
         ("a logit and a log-probability below -10^30, beside a longer row",
          [[0.0, 1.0, 2.0, 3.0], [FURTHER, 0.0, 0.0, 0.0]], [[0, 1, 2, 3], [0]], [below[0], [FURTHER]], None),
         ("probabilities of a row that add up to 1.006", model, rows, [*log_p[:3], [-0.6875] * 2], None),
+        ("refused: a logit of -inf", [*model[:3], [*model[3][:4], "-inf", *model[3][5:]]], rows, log_p, None),
     ]
     for name, logits, token_ids, log_probs, positions in cases:
         yield anchor_case(name, dict(logits=logits), len(logits), token_ids, log_probs, positions)
@@ -619,7 +623,12 @@ class Plain:
         p = [self.reference.softmax(z) for z in logits.tolist()]
         return p if logits.dtype == "float64" else [[float32(x) for x in row] for row in p]
 
+    def finite(self, logits, used, name="logits"):
+        if not all(math.isfinite(x) for z, row in zip(logits, used) for j, x in enumerate(z) if j in row):
+            raise ValueError(f"{name} must be finite")
+
     def record_topk(self, logits, target, tau, max_size, ignore_index):
+        self.finite(logits, [range(len(z)) for z in logits])
         rows, outside = self.reference.record_topk(self.softmax(logits), target.tolist(), tau, max_size, ignore_index)
         log_probs = self.reference.recorded_log_probs(logits.tolist(), rows)
         return rows, outside, [[float32(x) for x in row] for row in log_probs]
@@ -635,6 +644,7 @@ class Plain:
         return value, [[incoming * x for x in row] for row in gradients]
 
     def replay_cross_entropy(self, logits, target, token_ids, ignore_index, reduction, incoming, tail=((), ())):
+        self.finite(logits, [{*row, *tail[0]} for row in token_ids])
         result = self.reference.replay_cross_entropy(logits.tolist(), target.tolist(), token_ids, ignore_index, tail)
         return self.reduced(*result, [y != ignore_index for y in target.tolist()], reduction, incoming)
 
@@ -646,11 +656,9 @@ class Plain:
                             ignore_index, reduction, incoming, tail)
 
     def by_head(self, loss, used, input, linear_weight, linear_bias, *rest):
-        """A loss of logits as one of hidden states and head; the logits that it uses must be finite."""
         h, W, bias = calls.lists([input, linear_weight, linear_bias])
         logits = self.reference.linear(h, W, bias)
-        if not all(math.isfinite(x) for z, row in zip(logits, used) for j, x in enumerate(z) if j in row):
-            raise ValueError("input @ linear_weight.T + linear_bias must be finite")
+        self.finite(logits, used, "input @ linear_weight.T + linear_bias")
         value, gradients = loss(np.array(logits), *rest)
         d_input, d_weight, d_bias = self.reference.linear_gradients(h, W, gradients)
         return value, d_input, d_weight, None if bias is None else d_bias
@@ -684,6 +692,7 @@ class Plain:
 
     def replay_kl_div(self, logits, token_ids, log_probs, positions, reduction, incoming):
         token_ids, log_probs = self.reference.select(token_ids, log_probs, positions)
+        self.finite(logits, token_ids)
         result = self.reference.replay_kl_div(logits.tolist(), token_ids, log_probs)
         return self.reduced(*result, [len(row) > 0 for row in token_ids], reduction, incoming)
 
