@@ -420,6 +420,7 @@ def tail_inputs():
     V, target, rows = 12, [3, 7, 3, 0], [[0, 3, 5], [7], [2, 3, 9, 10], [0, 1]]
     a, b, c = (random_head(rng, 4, V, 3, with_bias) for with_bias in (True, False, True))
     large = dict(input=[[100.0], [-100.0]], linear_weight=[[0.0], [1.0], [100.0], [-100.0], [-1.0]], linear_bias=None)
+    many = dict(input=[[1.0], [0.5]], linear_weight=[[j * 5 % 24 / 8] for j in range(310)], linear_bias=None)
     everything = [list(range(V)), [], [3], [0, 11]]
     cases = [
         ("a sample, in part recorded", a, target, rows, -100, [1, 4, 5, 8, 11]),
@@ -460,6 +461,8 @@ def tail_inputs():
         ("a logit below -10^30, all of the tail recorded", *far_below(FURTHER), [0], [0.5]),
         ("refused: a logit of -inf in the tail alone", without_end(head), [4, *few[1:]],
          [[3, 4], *short[1:-1], [0, 1, 3, 4, 5]], [2, 3], [0.25, 0.5]),
+        ("a row of 300 tokens, a tail of 284", many, [7, 3], [[*range(5, 305)], [3, 150]],
+         [j for j in range(310) if j % 12], [j % 8 / 4 for j in range(284)]),
     ]
     cases = [(*case, own if case[-1] is None else None) for case in cases]
     cases += [(*case[:4], -100, None, dict(zip(("token_ids", "log_weight"), case[4:]))) for case in given]
