@@ -191,11 +191,17 @@ class Torch:
 class Dense(Torch):
     """The linear forms replaced by those that take logits."""
 
+    def logits(self, h, W, bias):
+        logits = h @ W.T + (0 if bias is None else bias)
+        if not logits.isfinite().all():
+            raise ValueError("input @ linear_weight.T + linear_bias must be finite")
+        return logits
+
     def cross_entropy(self, h, W, bias, *rest, **options):
-        return replay_cross_entropy(h @ W.T + (0 if bias is None else bias), *rest, **options)
+        return replay_cross_entropy(self.logits(h, W, bias), *rest, **options)
 
     def kl_div(self, h, W, bias, *rest, **options):
-        return replay_kl_div(h @ W.T + (0 if bias is None else bias), *rest, **options)
+        return replay_kl_div(self.logits(h, W, bias), *rest, **options)
 
 
 @pytest.mark.parametrize("name", STORED)
@@ -330,7 +336,7 @@ def test_the_fuzz_reports_a_port_that_raises():
 
 def test_every_wrong_variant_is_caught():
     lines = check_holes.main()
-    assert len(lines) > 470 and all(": caught by " in line for line in lines)
+    assert len(lines) > 500 and all(": caught by " in line for line in lines)
 
 
 def test_a_variant_that_no_vector_sees_is_an_error(monkeypatch):

@@ -28,6 +28,7 @@ VALID = "require(0 <= y < len(p)"
 MASS = "outside.append(mass_outside(p, subset))"
 OUTSIDE = "return math.fsum(x for j, x in enumerate(p) if j not in inside)"
 SCORED = "if y != ignore_index:\n            require"
+ROW = "x = {j: z[j] for j in subset}"
 LOSS = "loss = (largest - z[y]) + math.log(total)"
 LARGEST = "largest = max(x.values())"
 TOTAL = "total = math.fsum(math.exp(x[j] - largest) for j in x)"
@@ -81,8 +82,20 @@ D_WEIGHT = "math.fsum(x * h[i] for x, h in zip(dz, input))"
 LOGITS_IN_FLOAT32 = ("return [[math.fsum(a * b for a, b in zip(h, w)) + c",
                      "return [[f32(math.fsum(a * b for a, b in zip(h, w)) + c)")
 TERMS = "if j not in x:\n                    x[j] = z[j] + log_weight"
+OF_MODEL = "return [mass_outside(softmax(z), subset) if"
+FROM_LOGARITHMS = "return [math.exp(log_sum([x for j, x in enumerate(z) if j not in subset]) - log_sum(z)) if"
+LAST_LOGITS = ("import math", "import math\nseen = []", "largest = max(z)", "seen.append(z)\n    largest = max(z)",
+               "for p, y in zip(probabilities, target):",
+               "for p, y, z in zip(probabilities, target, seen[-len(target):]):")
+LOG_SUM = ("# 3. The outside mass", """\
+def log_sum(z):
+    return max(z) + math.log(math.fsum(math.exp(x - max(z)) for x in z)) if z else -math.inf
+
+
+# 3. The outside mass""")
 # and of the port
 SELECTED = "token_ids, log_probs = self.reference.select(token_ids, log_probs, positions)"
+FINITE = "if not all(math.isfinite(x)"
 LIVE = "for p in shapes]\n\n        def step", "for p in shapes]\n        live = []\n\n        def step"
 TOPK = "rows, outside = self.reference.record_topk("
 RECORD = "log_probs = self.reference.recorded_log_probs(logits.tolist(), rows)"
@@ -132,6 +145,25 @@ def chunks(n):
     return within(SCORED, "y != ignore_index", f"y != ignore_index and len(losses) < len(logits) // {n} * {n}")
 
 
+def blocks(n):
+    """The running sum goes on from the sum of a block of n tokens, which starts at zero."""
+    return (START, START + "\n        carry = block = 0.0", "covered += p[j]", f"""\
+carry, block = (covered, p[j]) if len(subset) % {n} == 1 else (carry, block + p[j])
+            covered = carry + block""")
+
+
+def cut(n):
+    """Rows cut at n tokens, in the loss alone, as by a static width."""
+    return within(ROW, "in subset", f"in subset[:{n}]")
+
+
+def distinct(n):
+    """A batch's distinct tokens beyond the n-th get that one's row of the head, as by unique(size=n)."""
+    return then(HEAD, f"""\
+known = sorted({{j for row in used for j in row}})[:{n}]
+        W = [W[min(j, known[-1])] if known else W[j] for j in range(len(W))]""")
+
+
 BOTH, WIDE, NARROW = ("float64", "float32"), ("float64",), ("float32",)
 
 # of each of the three losses that read targets
@@ -141,6 +173,8 @@ OF_TARGETS = [
      "loss = f32(f32(largest + f32(math.log(total))) - z[y])"),
     ("short rows filled up with logits of -10^4", BOTH, *filled("-1e4")),
     ("short rows filled up with logits of -10^9", BOTH, *filled("-1e9")),
+    ("short rows filled up with logits of -10^30", BOTH, *filled("-1e30")),
+    ("a logit of -inf taken", BOTH, FINITE, "if not all(x < math.inf"),
     ("gold outside its row taken", BOTH, IN_ROW, "require(True, "),
     ("the record of the first call with these shapes", BOTH, *traced(CROSS_ENTROPY, "token_ids", "logits.shape")),
     ("ignore_index of the first call with these shapes", BOTH, *traced(CROSS_ENTROPY, "ignore_index", "logits.shape")),
@@ -173,6 +207,11 @@ OF_HEADS = [
     ("bias's gradient of the last two rows only", BOTH, "[math.fsum(dz) for",
      "[math.fsum(dz[(len(dz) - 1) // 2 * 2:]) for"),
 ]
+# of those of which a batch has many tokens
+OF_LONG_ROWS = [
+    ("of more than 256 distinct tokens the last rows of the head are missing", BOTH, *distinct(256)),
+    ("of more than 300 distinct tokens the last rows of the head are missing", BOTH, *distinct(300)),
+]
 
 # of the anchor, in both forms
 ANCHOR = [
@@ -201,6 +240,12 @@ ANCHOR = [
     ("short rows filled up with logits of -10^9", BOTH,
      *within(LOG_Q, "log_softmax([z[j] for j in subset])",
              "log_softmax([z[j] for j in subset] + [-1e9] * (max(map(len, token_ids)) - len(subset)))")),
+    ("short rows filled up with logits of -10^30", BOTH,
+     *within(LOG_Q, "log_softmax([z[j] for j in subset])",
+             "log_softmax([z[j] for j in subset] + [-1e30] * (max(map(len, token_ids)) - len(subset)))")),
+    ("short rows filled up with log-probabilities of -10^30", BOTH,
+     *within(LOG_Q, "log_softmax(log_p0)",
+             "log_softmax([*log_p0, *[-1e30] * (max(map(len, token_ids)) - len(subset))])")),
     ("short rows filled up with log-probabilities of -10^4", BOTH,
      *within(LOG_Q, "log_softmax(log_p0)",
              "log_softmax([*log_p0, *[-1e4] * (max(map(len, token_ids)) - len(subset))])")),
@@ -263,6 +308,9 @@ ANCHOR = [
      "return token_ids[:len(positions)], log_probs[:len(positions)]"),
     ("the selected rows in ascending order", BOTH, *within(PICKED, "positions", "sorted(positions)")),
     ("probabilities of a row above 1 taken", BOTH, SUMS, "require(True"),
+    ("a logit of -inf taken", BOTH, FINITE, "if not all(x < math.inf"),
+    ("probabilities of a row above 1.000001 refused", BOTH, *within(SUMS, "1.01", "1.000001")),
+    ("probabilities of a row above 1.005 refused", BOTH, *within(SUMS, "1.01", "1.005")),
     ("probabilities of a row above 1 taken, but for the first row", BOTH,
      *within(SUMS, "in log_probs", "in log_probs[:1]")),
     ("a row with fewer log-probabilities taken", BOTH, LENGTHS, "require(True"),
@@ -348,9 +396,7 @@ mass = 0.0
          'outside.append(struct.unpack("e", struct.pack("e", mass_outside(p, subset)))[0])',
          "import math", "import math\nimport struct"),
         ("ranked by float32 probabilities", WIDE, "(-p[j], j))", "(-f32(p[j]), j))"),
-        ("ranked by logits", NARROW, "import math", "import math\nseen = []", "largest = max(z)",
-         "seen.append(z)\n    largest = max(z)", "for p, y in zip(probabilities, target):",
-         "for p, y, z in zip(probabilities, target, seen[-len(target):]):", "(-p[j], j))", "(-z[j], j))"),
+        ("ranked by logits", NARROW, *LAST_LOGITS, "(-p[j], j))", "(-z[j], j))"),
         ("running sum with the token, less the token", WIDE, *within(BREAK, "covered", "covered + p[j] - p[j]")),
         ("running sum that is rounded once", WIDE, "covered += p[j]", "covered = math.fsum(p[i] for i in subset)"),
         ("what is left of tau, until it is 0", WIDE, START, "subset, covered = [], -tau", *within(BREAK, "tau", "0")),
@@ -365,6 +411,20 @@ mass = 0.0
         ("an outside mass below 1e-12 is 0", BOTH, MASS, MASS + "\n        outside[-1] *= outside[-1] > 1e-12"),
         ("the outside mass before gold is added", BOTH, "        " + MASS + "\n    return", "    return",
          "if y not in subset:\n", MASS + "\n        if y not in subset:\n"),
+        ("the outside mass less p of gold where gold is not ranked", BOTH,
+         "if y not in subset:\n", "ranked = [*subset]\n        if y not in subset:\n",
+         MASS, "outside.append(mass_outside(p, subset) if y in ranked else\n"
+               "                       mass_outside(p, [j for j in subset if j != y]) - p[y])"),
+        ("outside mass from the logarithms of two sums, in float32", BOTH, *LAST_LOGITS,
+         MASS, "outside.append(math.exp(f32(log_sum([x for j, x in enumerate(z) if j not in subset])) "
+               "- f32(log_sum(z))))", *LOG_SUM),
+        ("ranked by log p", BOTH, *LAST_LOGITS, START, START + "\n        log_p = log_softmax(z)",
+         "(-p[j], j))", "(-log_p[j], j))"),
+        ("ranked by log p in float32", BOTH, *LAST_LOGITS, START, START + "\n        log_p = log_softmax(z)",
+         "(-p[j], j))", "(-f32(log_p[j]), j))"),
+        ("a logit of -inf taken", BOTH, FINITE, "if not all(x < math.inf"),
+        ("running sum in blocks of 512", WIDE, *blocks(512)),
+        ("running sum in blocks of 128", WIDE, *blocks(128)),
         ("ties within 1e-7", BOTH, "(-p[j], j))", "(-round(p[j], 7), j))"),
         ("tau less a tolerance of 1e-12", BOTH, *within(BREAK, "tau", "tau - 1e-12")),
         ("tau of the first call with these shapes", BOTH, *traced(TOPK, "tau", "logits.shape")),
@@ -372,7 +432,7 @@ mass = 0.0
         ("ignore_index of the first call with these shapes", BOTH, *traced(TOPK, "ignore_index", "logits.shape")),
     ],
     "2_loss.json": [
-        ("the full softmax", BOTH, "x = {j: z[j] for j in subset}", "x = dict(enumerate(z))"),
+        ("the full softmax", BOTH, ROW, "x = dict(enumerate(z))"),
         ("the maximum over all tokens", BOTH, "largest = max(x.values())", "largest = max(z)"),
         ("no maximum", BOTH, "largest = max(x.values())", "largest = 0.0"),
         ("float32 throughout", WIDE, "loss = (largest - z[y]) + math.log(total)",
@@ -393,6 +453,12 @@ mass = 0.0
          "self.reference.outside_mass(logits.tolist(), token_ids)\n        logits[:] = 0\n        return mass"),
         ("outside mass of a softmax in float32", WIDE, "return [x / total for x in exponentials]",
          "return [f32(x / total) for x in exponentials]"),
+        ("outside mass from the logarithms of two sums", WIDE, OF_MODEL, FROM_LOGARITHMS, *LOG_SUM),
+        ("outside mass from the logarithms of two sums, in float32", BOTH, OF_MODEL,
+         FROM_LOGARITHMS.replace("log_sum(", "f32_log_sum("), LOG_SUM[0],
+         "def f32_log_sum(z):\n    return f32(log_sum(z))\n\n\n" + LOG_SUM[1]),
+        ("rows cut at 128 tokens", BOTH, *cut(128)),
+        ("rows cut at 256 tokens", BOTH, *cut(256)),
         ("outside mass stored in float32", WIDE, "return [mass_outside(softmax(z), subset) if",
          "return [f32(mass_outside(softmax(z), subset)) if"),
         ("an ignored row has the softmax's gradient", BOTH, EMPTY, EMPTY + """
@@ -414,6 +480,10 @@ mass = 0.0
         ("gradient of the input of one token only", BOTH, "zip(dz, linear_weight)", "[*zip(dz, linear_weight)][:1]"),
         *OF_TARGETS,
         *OF_HEADS,
+        *OF_LONG_ROWS,
+        ("of more than 400 distinct tokens the last rows of the head are missing", BOTH, *distinct(400)),
+        ("rows cut at 128 tokens", BOTH, *cut(128)),
+        ("rows cut at 256 tokens", BOTH, *cut(256)),
         ("the last row is dropped if their number is odd", BOTH, *chunks(2)),
         ("the rows beyond a multiple of three are dropped", BOTH, *chunks(3)),
         ("two rows without any token are 0/0", BOTH, EMPTY,
@@ -617,6 +687,8 @@ for p in state:
         ("gradients divided by the root of their number, in the angle", BOTH, G, """\
         g = [x / math.sqrt(len(p["gradient"])) for p, _ in members for x in p["gradient"]]
 """),
+        ("bias corrections by the logarithm of a beta of 0", BOTH, C1C2,
+         'c1, c2 = (-math.expm1(p["step"] * math.log(beta)) for beta in (beta1, beta2))'),
         ("a restart at any clipped angle above 3", BOTH, BEFORE, "before = 0.0 if clipped and theta > 3 else m[k]"),
     ],
     "7_tail.json": [
@@ -674,6 +746,13 @@ pad = [-1e9 for j in tail[0] if j in subset]
         ("log-weights of 10 at most", BOTH, *within(TERMS, "log_weight", "min(log_weight, 10.0)")),
         ("log-weights of -10 at least", BOTH, *within(TERMS, "log_weight", "max(log_weight, -10.0)")),
         ("no tail for a row of one token", BOTH, *within(TERMS, "j not in x:", "j not in x and len(subset) > 1:")),
+        ("a logit of -inf in the tail taken", BOTH,
+         "used = [{*row, *tail[0]}", "used = [{*row}", "self.finite(logits, [{*row, *tail[0]}",
+         "self.finite(logits, [{*row}"),
+        ("rows cut at 128 tokens", BOTH, *cut(128)),
+        ("rows cut at 256 tokens", BOTH, *cut(256)),
+        ("the tail cut at 128 tokens", BOTH, "in zip(*tail):", "in [*zip(*tail)][:128]:"),
+        ("the tail cut at 256 tokens", BOTH, "in zip(*tail):", "in [*zip(*tail)][:256]:"),
         ("the tail of the first call with these shapes", BOTH,
          *traced(CROSS_ENTROPY, "tail", "(logits.shape, len(tail[0]))")),
     ],
@@ -692,7 +771,12 @@ pad = [-1e9 for j in tail[0] if j in subset]
         ("log-probabilities in float64", WIDE, "[[float32(x) for x in row] for row in log_probs]", "log_probs"),
     ],
     "9_anchor.json positions logits": ANCHOR,
-    "9_anchor.json positions input": [*ANCHOR, *OF_HEADS, ("logits in float32", WIDE, *LOGITS_IN_FLOAT32)],
+    "9_anchor.json positions input": [
+        *ANCHOR, *OF_HEADS, *OF_LONG_ROWS, ("logits in float32", WIDE, *LOGITS_IN_FLOAT32),
+        ("rows cut at 128 tokens", BOTH, LOG_Q,
+         "subset, log_p0 = subset[:128], log_p0[:128]\n        " + LOG_Q),
+        ("rows cut at 256 tokens", BOTH, LOG_Q,
+         "subset, log_p0 = subset[:256], log_p0[:256]\n        " + LOG_Q)],
 }
 
 

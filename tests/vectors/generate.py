@@ -19,7 +19,8 @@ from vectors.compare import EPS
 
 FOLDER = Path(__file__).parent
 MARGIN = 1e-4
-FAR = -2.0**40
+FAR, FURTHER = -2.0**40, -2.0**110
+SMALL = [3.25, 1.5, -0.75, 0.125, -6.5]
 INCOMING = [0.5, -2.0, 3.0, 0.25, 1.0, -1.0, 2.0]
 DEGREE = math.pi / 180
 
@@ -30,6 +31,14 @@ def float32(x):
 
 def normal(rng, n, scale=1.0):
     return [round(rng.gauss(0, scale) * 1024) / 1024 for _ in range(n)]
+
+
+def in_order(terms):
+    """Their sum, one after the other, without the compensation of Python's own from 3.12 on."""
+    total = 0.0
+    for x in terms:
+        total += x
+    return total
 
 
 def flat(x):
@@ -104,7 +113,7 @@ def recording_inputs():
          "float32"),
         ("a softmax in float64 does not", [[0.0, 2.0**-40, -3.0]], [2], 0.1, None, -100, "float64"),
         ("8 times the rounded 0.1, one after the other, is < 0.8", [[0.0] * 10], [0], 0.8, None, -100, "float64"),
-        ("17 of 18 equal tokens, if added one after the other", [[0.0] * 18], [0], sum([1 / 18] * 17), None, -100,
+        ("17 of 18 equal tokens, if added one after the other", [[0.0] * 18], [0], in_order([1 / 18] * 17), None, -100,
          "float64"),
         ("tau is met exactly, which its rounding to float32 would not be", [[0.0] * 10], [0], 0.1 + 0.1 + 0.1, None,
          -100, "float64"),
@@ -119,9 +128,17 @@ def recording_inputs():
         ("small probabilities that are equal in seven decimals", [[9.0, 0.0, 2.0**-14]], [0], 1.0, 2, -100),
         ("tau = 0.5, rounded up to the next float64: 3 of 4 equal tokens", [[0.0] * 4], [0], math.nextafter(0.5, 1),
          None, -100),
+        ("an outside mass that the rest without gold, less p of gold, does not have", [[0.0, -1.0, -40.0, -40.0]], [1],
+         0.5, None, -100),
+        *(("to be ranked are the probabilities: their logarithms are equal", [[0.0] * 62 + [z, z + step]], [0], 1.0, 63,
+           -100, dtype) for z, step, dtype in ((-1.75, 2.0**-23, "float32"), (-1.4375, 2.0**-52, "float64"))),
+        ("540 of 600 equal tokens, if added one after the other and not by blocks", [[0.0] * 600], [0],
+         in_order([1 / 600] * 540), None, -100, "float64"),
+        ("a small outside mass of large logits", [[x + 1e5 for x in SMALL]], [0], 0.9, None, -100),
+        ("refused: a logit of -inf", [five, ["-inf", *five[1:]]], [4, 4], 0.5, None, -100),
     ]
     for name, logits, target, tau, max_size, ignore_index, *dtype in cases:
-        assert "rounded" in name or dtype or clear(logits, tau, max_size), name
+        assert "rounded" in name or "-inf" in name or dtype or clear(logits, tau, max_size), name
         yield dict(name=name, logits=logits, target=target, tau=tau, max_size=max_size, ignore_index=ignore_index,
                    **({"dtype": dtype[0]} if dtype else {}))
 
@@ -153,6 +170,12 @@ def loss_inputs():
          -100),
         ("refused: a target beyond the vocabulary", logits[:2], [2, 7], rows[:2], -100),
         ("refused: a negative target, the last token if counted from the end", logits[:2], [2, -1], rows[:2], -100),
+        ("a logit below -10^30, beside a longer row", [[0.0, 1.0, 2.0, 3.0], [FURTHER, 0.0, 0.0, 0.0]], [0, 0],
+         [[0, 1, 2, 3], [0]], -100),
+        ("a small outside mass of large logits", [[x + 1e5 for x in SMALL]], [0], [[0, 1]], -100),
+        ("refused: a logit of -inf that is not gold's", [logits[0], [*logits[1][:4], "-inf", *logits[1][5:]]], [2, 1],
+         [rows[0], [1, 4]], -100),
+        ("a row of 300 tokens", [[j * 5 % 24 / 8 for j in range(310)]], [7], [[*range(5, 305)]], -100),
     ]
     for name, logits, target, rows, ignore_index in cases:
         yield dict(name=name, logits=logits, target=target, token_ids=rows, ignore_index=ignore_index,
@@ -190,6 +213,9 @@ def linear_inputs():
     cases = [(*case, -100) for case in cases]
     cases.append(("the shapes of cases above, another record and ignore_index", head, [3, 2, 5, 4, 0, 1, 4],
                   [[1, 3], [0, 1, 2, 3], [5], [], [0, 5], [1, 2, 3], []], 4))
+    cases += [("a logit below -10^30, beside a longer row", *far_below(FURTHER), -100),
+              ("refused: a logit of -inf that is not gold's", without_end(head), target, rows, -100),
+              ("rows of 300, 250 and 3 tokens, 500 distinct ones", *long_rows(505), -100)]
     for name, head, target, rows, ignore_index in cases:
         yield dict(name=name, **head, target=target, token_ids=rows, ignore_index=ignore_index,
                    incoming=INCOMING[:len(target)])
@@ -208,9 +234,21 @@ def every_digit():
     return dict(input=[draw(4), draw(4)], linear_weight=[draw(4) for _ in range(5)], linear_bias=draw(5))
 
 
-def far_below():
-    """Logits 0, 1, 2, 3 and a row of one token: -2^40, whose gradient is exactly 0 however large its weights are."""
-    head = dict(input=[[1.0, 0.0], [0.0, 1.0]], linear_weight=[[0.0, FAR], [1.0, 0.0], [2.0, 0.0], [3.0, 0.0]],
+def without_end(head):
+    """A head whose bias for token 2 is -inf, in JSON as a string."""
+    return head | {"linear_bias": [*head["linear_bias"][:2], "-inf", *head["linear_bias"][3:]]}
+
+
+def long_rows(V):
+    """Rows beyond any fixed width, of more distinct tokens than any of them has; all numbers are eighths."""
+    head = dict(input=[[1.0, 0.0], [0.0, 1.0], [0.5, 0.0]], linear_bias=None,
+                linear_weight=[[j * 5 % 24 / 8, j * 7 % 16 / 8] for j in range(V)])
+    return head, [7, V - 6, 3], [[*range(300)], [*range(250, V - 5)], [3, 150, V - 6]]
+
+
+def far_below(far=FAR):
+    """Logits 0, 1, 2, 3 and a row of one token: far, whose gradient is exactly 0 however large its weights are."""
+    head = dict(input=[[1.0, 0.0], [0.0, 1.0]], linear_weight=[[0.0, far], [1.0, 0.0], [2.0, 0.0], [3.0, 0.0]],
                 linear_bias=None)
     return head, [0, 0], [[0, 1, 2, 3], [0]]
 
@@ -354,7 +392,9 @@ def moclip_inputs():
          lambda t, i, g: None if i == 0 and t % 2 == 0 else g, constant),
         ("a restart of two groups", "global", 90, [(USUAL, [two]), (DECAY, [two])], restart, constant),
         ("gradients whose squares only float64 has", "global", 90, [(USUAL, [two])], scaled(lambda t: 8 * t - 300),
-         constant)]
+         constant),
+        ("beta1 = 0: the momentum is the gradient before", "global", 90,
+         [(dict(USUAL, betas=[0.0, 0.999]), [two, one])], unchanged, constant)]
     for name, scope, degrees, groups, change, lr in cases:
         rng = random.Random(name)
         draw = lambda like, mean: shaped([mean + x for x in normal(rng, len(flat(like)))], like)
@@ -380,6 +420,7 @@ def tail_inputs():
     V, target, rows = 12, [3, 7, 3, 0], [[0, 3, 5], [7], [2, 3, 9, 10], [0, 1]]
     a, b, c = (random_head(rng, 4, V, 3, with_bias) for with_bias in (True, False, True))
     large = dict(input=[[100.0], [-100.0]], linear_weight=[[0.0], [1.0], [100.0], [-100.0], [-1.0]], linear_bias=None)
+    many = dict(input=[[1.0], [0.5]], linear_weight=[[j * 5 % 24 / 8] for j in range(310)], linear_bias=None)
     everything = [list(range(V)), [], [3], [0, 11]]
     cases = [
         ("a sample, in part recorded", a, target, rows, -100, [1, 4, 5, 8, 11]),
@@ -417,6 +458,11 @@ def tail_inputs():
          [1, 4], [0.5, 1.0]),
         ("weights of e^-9990 and of e^9990, of which only the logarithms are numbers", large, [0, 1], [[0, 4], [0, 1]],
          [2, 3], [-9990.0, 9990.0]),
+        ("a logit below -10^30, all of the tail recorded", *far_below(FURTHER), [0], [0.5]),
+        ("refused: a logit of -inf in the tail alone", without_end(head), [4, *few[1:]],
+         [[3, 4], *short[1:-1], [0, 1, 3, 4, 5]], [2, 3], [0.25, 0.5]),
+        ("a row of 300 tokens, a tail of 284", many, [7, 3], [[*range(5, 305)], [3, 150]],
+         [j for j in range(310) if j % 12], [j % 8 / 4 for j in range(284)]),
     ]
     cases = [(*case, own if case[-1] is None else None) for case in cases]
     cases += [(*case[:4], -100, None, dict(zip(("token_ids", "log_weight"), case[4:]))) for case in given]
@@ -489,6 +535,10 @@ def anchor_inputs():
          [*log_p[:3], [-0.5, -0.5]], [2, 0]),
         ("refused: a row that is not in the batch, with fewer log-probabilities than tokens", model[:2], rows,
          [log_p[0], [], *log_p[2:]], [2, 0]),
+        ("a logit and a log-probability below -10^30, beside a longer row",
+         [[0.0, 1.0, 2.0, 3.0], [FURTHER, 0.0, 0.0, 0.0]], [[0, 1, 2, 3], [0]], [below[0], [FURTHER]], None),
+        ("probabilities of a row that add up to 1.006", model, rows, [*log_p[:3], [-0.6875] * 2], None),
+        ("refused: a logit of -inf", [*model[:3], [*model[3][:4], "-inf", *model[3][5:]]], rows, log_p, None),
     ]
     for name, logits, token_ids, log_probs, positions in cases:
         yield anchor_case(name, dict(logits=logits), len(logits), token_ids, log_probs, positions)
@@ -500,6 +550,7 @@ def anchor_inputs():
     many, _, short = seven(rng)
     few = random_head(random.Random(10), 2, V, 3, True)
     far, _, beside = far_below()
+    wide, _, longer = long_rows(310)
     lengths, ones = [[0], [], [0, 1, 2, 3, 4, 5], [5], [], [2, 3], [3]], [[0], [5], [2], [0], [4], [5], [1]]
     steep = dict(input=[[1.0], [20.0]], linear_weight=[[1.0], [0.0], [10.0]], linear_bias=None)
     cases = [
@@ -529,6 +580,13 @@ def anchor_inputs():
          few, rows, [*log_p[:3], [-0.5, -0.5]], [2, 0]),
         ("the linear form, refused: a row that is not in the batch, with fewer log-probabilities than tokens", few,
          rows, [log_p[0], [], *log_p[2:]], [2, 0]),
+        ("the linear form, a logit and a log-probability below -10^30, beside a longer row", far_below(FURTHER)[0],
+         beside, [below[0], [FURTHER]], None),
+        ("the linear form, probabilities of a row that add up to 1.006", with_bias, rows,
+         [*log_p[:3], [-0.6875] * 2], None),
+        ("the linear form, refused: a logit of -inf", without_end(with_bias), rows, log_p, None),
+        ("the linear form, rows of 300, 55 and 3 tokens, 305 distinct ones", wide, longer,
+         [[-6.0 - j % 8 / 8 for j in row] for row in longer], None),
     ]
     for name, head, token_ids, log_probs, positions in cases:
         yield anchor_case(name, head, len(head["input"]), token_ids, log_probs, positions)
@@ -568,7 +626,12 @@ class Plain:
         p = [self.reference.softmax(z) for z in logits.tolist()]
         return p if logits.dtype == "float64" else [[float32(x) for x in row] for row in p]
 
+    def finite(self, logits, used, name="logits"):
+        if not all(math.isfinite(x) for z, row in zip(logits, used) for j, x in enumerate(z) if j in row):
+            raise ValueError(f"{name} must be finite")
+
     def record_topk(self, logits, target, tau, max_size, ignore_index):
+        self.finite(logits, [range(len(z)) for z in logits])
         rows, outside = self.reference.record_topk(self.softmax(logits), target.tolist(), tau, max_size, ignore_index)
         log_probs = self.reference.recorded_log_probs(logits.tolist(), rows)
         return rows, outside, [[float32(x) for x in row] for row in log_probs]
@@ -584,18 +647,22 @@ class Plain:
         return value, [[incoming * x for x in row] for row in gradients]
 
     def replay_cross_entropy(self, logits, target, token_ids, ignore_index, reduction, incoming, tail=((), ())):
+        self.finite(logits, [{*row, *tail[0]} for row in token_ids])
         result = self.reference.replay_cross_entropy(logits.tolist(), target.tolist(), token_ids, ignore_index, tail)
         return self.reduced(*result, [y != ignore_index for y in target.tolist()], reduction, incoming)
 
     def linear_replay_cross_entropy(self, input, linear_weight, linear_bias, target, token_ids, ignore_index, tail,
                                     reduction, incoming):
         tail = ((), ()) if tail is None else calls.lists(tail)
-        return self.by_head(self.replay_cross_entropy, input, linear_weight, linear_bias, target, token_ids,
+        used = [{*row, *tail[0]} for row in token_ids]
+        return self.by_head(self.replay_cross_entropy, used, input, linear_weight, linear_bias, target, token_ids,
                             ignore_index, reduction, incoming, tail)
 
-    def by_head(self, loss, input, linear_weight, linear_bias, *rest):
+    def by_head(self, loss, used, input, linear_weight, linear_bias, *rest):
         h, W, bias = calls.lists([input, linear_weight, linear_bias])
-        value, gradients = loss(np.array(self.reference.linear(h, W, bias)), *rest)
+        logits = self.reference.linear(h, W, bias)
+        self.finite(logits, used, "input @ linear_weight.T + linear_bias")
+        value, gradients = loss(np.array(logits), *rest)
         d_input, d_weight, d_bias = self.reference.linear_gradients(h, W, gradients)
         return value, d_input, d_weight, None if bias is None else d_bias
 
@@ -628,11 +695,14 @@ class Plain:
 
     def replay_kl_div(self, logits, token_ids, log_probs, positions, reduction, incoming):
         token_ids, log_probs = self.reference.select(token_ids, log_probs, positions)
+        self.finite(logits, token_ids)
         result = self.reference.replay_kl_div(logits.tolist(), token_ids, log_probs)
         return self.reduced(*result, [len(row) > 0 for row in token_ids], reduction, incoming)
 
-    def linear_replay_kl_div(self, input, linear_weight, linear_bias, *rest):
-        return self.by_head(self.replay_kl_div, input, linear_weight, linear_bias, *rest)
+    def linear_replay_kl_div(self, input, linear_weight, linear_bias, token_ids, log_probs, positions, *rest):
+        used = [{*row} for row in self.reference.select(token_ids, log_probs, positions)[0]]
+        return self.by_head(self.replay_kl_div, used, input, linear_weight, linear_bias, token_ids, log_probs,
+                            positions, *rest)
 
 
 INPUTS = {"1_recording.json": recording_inputs, "2_loss.json": loss_inputs, "3_linear_loss.json": linear_inputs,
