@@ -144,17 +144,18 @@ def rates(arms):
 
 
 def dials(rows):
-    """The anchor's dials, one at a time from the default."""
-    lines = [((dial, ", ".join(map(str, value.values()))),
-              at(select(rows, seed=0, **{**ANCHOR, **value}), 1.2e-3))
-             for dial, values in sweep.DIALS.items() for value in values]
+    """The anchor's dials, one at a time from the default, on base 0."""
+    values = [("the default", {}), *((dial, value) for dial, values in sweep.DIALS.items() for value in values
+                                     if not value.items() <= sweep.DEFAULT.items())]
+    lines = [((dial, ", ".join(map(str, value.values()))), select(rows, **{**sweep.DEFAULT, **ANCHOR, **value}))
+             for dial, value in values]
     return table(lines, ("dial", "value"), ("tokens", "bytes", "accuracy", *LOSS, "ms a step"))
 
 
 def longer(rows):
-    """Does forgetting stay put? Up to four times as many steps, and twice the rate."""
-    lines = [((name, value.get("steps", 200), f"{lr:g}"), at(select(rows, seed=0, **{**ALL[name], **value}), lr))
-             for value in sweep.LONGER for lr in [value.get("lr", 1.2e-3)] for name in sweep.LONG]
+    """Does forgetting stay put? Up to four times as many steps, and twice the rate, on base 0."""
+    lines = [((name, s["steps"], f"{s['lr']:g}"), select(rows, **s)) for value in sweep.LONGER for name in sweep.LONG
+             for s in [{**sweep.DEFAULT, **ALL[name], **value}]]
     return table(lines, ("arm", "steps", "lr"), ("accuracy", *LOSS, "run, s"))
 
 
@@ -197,7 +198,7 @@ def costs(_):
                      for arm in arms))
 
 
-def pretrained(domain, every_rate=False):
+def pretrained(domain, every_rate=False, seeds=1):
     """A pretrained model, ± over seeds: each arm at the rate that validation chooses, or at every rate, of seed 0."""
     keys = {"domain_accuracy": "accuracy", "domain_nll": "domain NLL", "forgetting": "prose lost",
             "chat_kl": "chat KL", "chat_same": "chat same"}
@@ -214,7 +215,7 @@ def pretrained(domain, every_rate=False):
                 arms[name].append({**row, **{new: row[old] for old, new in keys.items()}})
         lines = [((name, f"{lr:g}", len(mine)), mine) for name, rows in sorted(arms.items())
                  for lr in (sorted({row["lr"] for row in rows}) if every_rate else [chosen(rows)])
-                 if (mine := [row for row in at(rows, lr) if not every_rate or row["seed"] == 0])]
+                 if len(mine := [row for row in at(rows, lr) if not every_rate or row["seed"] == 0]) >= seeds]
         return table(lines, ("arm", "lr", "seeds"), shown)
     return build
 
@@ -223,7 +224,7 @@ TABLES = {"main": arms_table("main", "moclip"), "rivals": arms_table("rivals"), 
           "rates": rates(sweep.ARMS["main"]), "all rates": rates(ALL),
           "texts": arms_table("texts", "beside"), "same rate": same_rate, "dials": dials,
           "longer": longer, "bases": bases, "first run": first_run, "speed": speed("cpu"),
-          "pretrained": pretrained("sql"), "calls": pretrained("calls"),
+          "pretrained": pretrained("sql", seeds=2), "calls": pretrained("calls"),
           "pretrained rates": pretrained("sql", every_rate=True), "speed cuda": speed("cuda"),
           "record": fixed("loss, recorded", {**{f"replay, tau = {t}": {**sweep.REPLAY, "tau": t} for t in sweep.TAUS},
                                              "tail, tau = 0.9": TAIL,

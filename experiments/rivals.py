@@ -132,10 +132,9 @@ def with_anchor(loss):
     return build
 
 
-VARIANTS = {"": lambda c: (None, None),
+VARIANTS = {"": lambda c: (None, None),  # name -> function of `c`; "" is the method itself
             **{f"LoRA {rank}": lora(rank) for rank in (8, 32)},
             **{f"L2-SP {strength:g}": l2_sp(strength) for strength in (1e-3, 1e-2, 3e-2)},
             "eps 0.0001": large_eps, "KL to base": kl_to_base, "own tokens": own_tokens, "mixed": mixed,
             "full softmax": with_anchor(lambda c: script.scorer("full", None, c.args, None)),
             "gold only": lambda c: (gold_only(c), None), "gold only, anchor": with_anchor(gold_only)}
-"""name -> function of `c`; "" is the method itself."""
