@@ -5,8 +5,8 @@
     python train_small.py --tau 0.8    # see the outside mass run away: its column in the table
 
 Nothing is downloaded. The method comes first: 1 Stage 0, 2 Stage 1, 3 evaluation; then what it needs, down to the run.
-General text is the English prose that ships with every CPython. The domain, telecom.json, is questions to SQL over one
-database; an answer is right if its SQL returns the right rows. The base knows prose, and SQL over other, random tables.
+General text is the English prose that ships with every CPython. The domain is questions to SQL over one database, in
+experiments/telecom.json; an answer is right if its rows are. The base knows prose, and SQL over other, random tables.
 
 A method is a loss ("full": all V tokens; "replay": the recorded subset S_t; "tail": S_t, the golds of the batch and a
 random sample; "anchor": the tail's, and a KL to what the base said on a little text that it wrote itself) and an
@@ -406,7 +406,7 @@ def general_documents():
 # FORMS: SQL -> its questions; OPERATORS, AGGREGATES, ORDERS, SPOKEN: a piece of SQL or a name -> how people say it;
 # TELECOM: table -> column -> its values: list (text; the first column is the row's name), range (numbers) or reference
 FORMS, OPERATORS, AGGREGATES, ORDERS, SPOKEN, TELECOM = json.loads(
-    Path(__file__).with_name("telecom.json").read_text(),
+    (Path(__file__).parent / "experiments/telecom.json").read_text(),
     object_hook=lambda entry: range(*entry["range"]) if "range" in entry else entry).values()
 
 

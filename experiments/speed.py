@@ -4,8 +4,8 @@
 
 prints one table, and writes it to experiments/results/speed_cpu.json or speed_cuda.json; ten minutes on 2 cores.
 Things that are compared take turns, so that a noisy machine slows all of them; a figure is the median over the turns.
-Peak memory is measured in a process of its own. "training", on an accelerator where there is one, takes base 0 of the
-study from runs/, or pretrains it; its times of the arms are those of report.py's tables.
+Peak memory is measured in a process of its own. The device is an accelerator where there is one, for "training" always:
+it takes base 0 of the study from runs/, or pretrains it; its times of the arms are those of report.py's tables.
 """
 
 import argparse
@@ -191,7 +191,7 @@ MEASURES = dict(head=measure_head, anchor=measure_anchor, recording=measure_reco
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--device", default=sweep.DEVICE, type=torch.device)
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES))
     args = parser.parse_args()
     print("| what | measured | aim |\n|---|---|---|")
