@@ -56,10 +56,9 @@ DIALS = {
     "weight": [dict(anchor_weight=weight) for weight in (0.1, 0.3, 0.5, 1.0, 3.0)],
     "begun with": [dict(text=text) for text in ("own", "own, end of text", "own, any token")],
     "gold in S": [dict(anchor_gold=gold) for gold in (True, False)]}
-"""dial -> its values, for anchor+adamw on base 0, one at a time."""
+"""dial -> its values, for anchor+adamw, one at a time."""
 LONGER = [*(dict(steps=steps) for steps in (100, 200, 400, 800)), dict(lr=2.4e-3)]
 LONG = "full+adamw", "tail+adamw", "anchor+adamw", "L2-SP 0.03"  # does forgetting stay put?
-TWICE = "full+adamw", "tail+adamw", "anchor+adamw", "KL to base", "L2-SP 0.01"  # seed 1, at 1.2e-3 and chosen
 
 
 def studies(rows):
@@ -71,11 +70,10 @@ def studies(rows):
     return {**{study: [run for name, arm in mine.items() for run in runs([arm], LARGE if "LoRA" in name else RATES)]
                for study, mine in ARMS.items()},
             "edges": [run for arm, mine in tried for run in runs([arm], beyond(mine))],
-            "seed 1": [run for arm, mine in tried if arm in map(ALL.get, TWICE)
-                       for run in runs([arm], {1.2e-3, chosen(mine)}, seed=1)],
+            "seed 1": [run for arm, mine in tried for run in runs([arm], {1.2e-3, chosen(mine)}, seed=1)],
             "dials": [run for values in DIALS.values() for value in values
-                      for run in runs([ANCHOR], [1.2e-3], [0], **value)],
-            "longer": [run for value in LONGER for run in runs([ALL[arm] for arm in LONG], [1.2e-3], [0], **value)],
+                      for run in runs([ANCHOR], [1.2e-3], **value)],
+            "longer": [run for value in LONGER for run in runs([ALL[arm] for arm in LONG], [1.2e-3], **value)],
             "record": runs([TAIL, dict(TAIL, variant="gold only"), *(dict(REPLAY, tau=tau) for tau in TAUS)], [8e-4]),
             "cap": [run for cap in (60.0, 90.0, 180.0)
                     for run in runs([dict(method="tail+moclip")], [8e-4], max_angle=cap)]}

@@ -211,6 +211,7 @@ OF_HEADS = [
 OF_LONG_ROWS = [
     ("of more than 256 distinct tokens the last rows of the head are missing", BOTH, *distinct(256)),
     ("of more than 300 distinct tokens the last rows of the head are missing", BOTH, *distinct(300)),
+    ("of more than 1024 distinct tokens the last rows of the head are missing", BOTH, *distinct(1024)),
 ]
 
 # of the anchor, in both forms
@@ -335,10 +336,14 @@ ANCHOR = [
     ("log q1 at least -100", BOTH, *within(KL, "- b)", "- max(b, -100.0))")),
     ("weighted with the recorded mass inside", BOTH, KL,
      KL + "\n        losses[-1] *= math.fsum(map(math.exp, log_p0))"),
+    ("probabilities of a row above 1.02 refused, below it taken", BOTH, *within(SUMS, "1.01", "1.02")),
+    ("probabilities of a row above 1.007 refused", BOTH, *within(SUMS, "1.01", "1.007")),
     ("a bad row outside the batch taken: probabilities above 1", BOTH,
      *within(SUMS, "in log_probs)", "in [log_probs[t] for t in positions])")),
     ("a bad row outside the batch taken: too few log-probabilities", BOTH, LENGTHS,
      "require([len(log_probs[t]) for t in positions] == [len(token_ids[t]) for t in positions]"),
+    *((f"rows cut at {n} tokens", BOTH, LOG_Q, f"subset, log_p0 = subset[:{n}], log_p0[:{n}]\n        " + LOG_Q)
+      for n in (128, 256, 1024)),
 ]
 
 # {file that must catch them: [(name, dtypes whose tolerances catch it, old, new, old, new, ...)]}; behind the file's
@@ -459,6 +464,7 @@ mass = 0.0
          "def f32_log_sum(z):\n    return f32(log_sum(z))\n\n\n" + LOG_SUM[1]),
         ("rows cut at 128 tokens", BOTH, *cut(128)),
         ("rows cut at 256 tokens", BOTH, *cut(256)),
+        ("rows cut at 1024 tokens", BOTH, *cut(1024)),
         ("outside mass stored in float32", WIDE, "return [mass_outside(softmax(z), subset) if",
          "return [f32(mass_outside(softmax(z), subset)) if"),
         ("an ignored row has the softmax's gradient", BOTH, EMPTY, EMPTY + """
@@ -484,6 +490,7 @@ mass = 0.0
         ("of more than 400 distinct tokens the last rows of the head are missing", BOTH, *distinct(400)),
         ("rows cut at 128 tokens", BOTH, *cut(128)),
         ("rows cut at 256 tokens", BOTH, *cut(256)),
+        ("rows cut at 1024 tokens", BOTH, *cut(1024)),
         ("the last row is dropped if their number is odd", BOTH, *chunks(2)),
         ("the rows beyond a multiple of three are dropped", BOTH, *chunks(3)),
         ("two rows without any token are 0/0", BOTH, EMPTY,
@@ -536,6 +543,9 @@ mass = 0.0
         ("antiparallel: sine <= 1e-6", BOTH, *within(ANTIPARALLEL, "math.sqrt(eps)", "1e-6")),
         ("antiparallel: float32's threshold in both", WIDE, *within(ANTIPARALLEL, "math.sqrt(eps)", "2**-11.5")),
         ("antiparallel: float64's threshold in both", NARROW, *within(ANTIPARALLEL, "math.sqrt(eps)", "2**-26")),
+        ("antiparallel: sine <= sqrt(eps / 2), the unit roundoff's", BOTH,
+         *within(ANTIPARALLEL, "math.sqrt(eps)", "math.sqrt(eps / 2)")),
+        ("antiparallel: sine <= 1.1 sqrt(eps)", BOTH, *within(ANTIPARALLEL, "math.sqrt(eps)", "1.1 * math.sqrt(eps)")),
         ("antiparallel: sine <= eps", BOTH, *within(ANTIPARALLEL, "math.sqrt(eps)", "eps")),
         ("antiparallel: theta == pi", BOTH, ANTIPARALLEL, "clipped and theta == math.pi"),
         ("antiparallel: without theta > pi/2", BOTH, *within(ANTIPARALLEL, "theta > math.pi / 2 and ", "")),
@@ -751,8 +761,10 @@ pad = [-1e9 for j in tail[0] if j in subset]
          "self.finite(logits, [{*row}"),
         ("rows cut at 128 tokens", BOTH, *cut(128)),
         ("rows cut at 256 tokens", BOTH, *cut(256)),
+        ("rows cut at 1024 tokens", BOTH, *cut(1024)),
         ("the tail cut at 128 tokens", BOTH, "in zip(*tail):", "in [*zip(*tail)][:128]:"),
         ("the tail cut at 256 tokens", BOTH, "in zip(*tail):", "in [*zip(*tail)][:256]:"),
+        ("the tail cut at 1024 tokens", BOTH, "in zip(*tail):", "in [*zip(*tail)][:1024]:"),
         ("the tail of the first call with these shapes", BOTH,
          *traced(CROSS_ENTROPY, "tail", "(logits.shape, len(tail[0]))")),
     ],
@@ -772,11 +784,7 @@ pad = [-1e9 for j in tail[0] if j in subset]
     ],
     "9_anchor.json positions logits": ANCHOR,
     "9_anchor.json positions input": [
-        *ANCHOR, *OF_HEADS, *OF_LONG_ROWS, ("logits in float32", WIDE, *LOGITS_IN_FLOAT32),
-        ("rows cut at 128 tokens", BOTH, LOG_Q,
-         "subset, log_p0 = subset[:128], log_p0[:128]\n        " + LOG_Q),
-        ("rows cut at 256 tokens", BOTH, LOG_Q,
-         "subset, log_p0 = subset[:256], log_p0[:256]\n        " + LOG_Q)],
+        *ANCHOR, *OF_HEADS, *OF_LONG_ROWS, ("logits in float32", WIDE, *LOGITS_IN_FLOAT32)],
 }
 
 
