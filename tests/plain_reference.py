@@ -3,9 +3,8 @@
 Fine-tuning teaches a language model one domain, lets it forget others, and computes at each step a softmax over the
 whole vocabulary. The method changes three things. Stage 0, before training, asks the model once what it expects at
 every position of the text, and records the few most probable tokens. Stage 1, the training, computes its loss from the
-recorded tokens alone. And its optimizer, MoClip, limits how far a gradient may turn away from those before it. Two
-additions are this project's own: the tail, a sample of what was not recorded, and the anchor, which replays what the
-model said about text that it must not forget.
+recorded tokens alone. And its optimizer, MoClip, limits how far a gradient may turn from those before it. Two additions
+are our own: the tail, a sample of all others, and the anchor, which replays what the model said about other text.
 
 Read from top to bottom; the line above each function says which formula it is. A position has V logits z, one for each
 token of the vocabulary, and a gold token y, the one that the text has there. Losses are in nats. Vectors are lists,
@@ -160,6 +159,7 @@ def recorded_log_probs(logits, token_ids):
 def select(token_ids, log_probs, positions):
     require(log_probs is not None, "log_probs must be in the record")
     require([*map(len, log_probs)] == [*map(len, token_ids)], "log_probs must hold one for each recorded token")
+    require(all(x <= 0 for row in log_probs for x in row), "log_probs must be at most 0")
     require(all(math.fsum(map(math.exp, row)) <= 1.01 for row in log_probs), "log_probs must add up to log 1 at most")
     return [token_ids[t] for t in positions], [log_probs[t] for t in positions]
 

@@ -93,7 +93,23 @@ def log_sum(z):
 
 
 # 3. The outside mass""")
+BLOCKWISE = """\
+def blockwise(z, subset):
+    largest, total, outside = -math.inf, 0.0, 0.0
+    for k in range(0, len(z), 1024):
+        before, largest = largest, max([largest, *z[k:k + 1024]])
+        total = total * math.exp(before - largest) + math.fsum(math.exp(x - largest) for x in z[k:k + 1024])
+        outside += math.fsum(math.exp(x - largest) for j, x in enumerate(z) if k <= j < k + 1024 and j not in subset)
+    return outside / total
+
+
+# 3. The outside mass"""
 # and of the port
+UNRECORDED = "    def all_finite", """\
+    def some_finite(self, logits, token_ids, positions):
+        self.finite(logits, [token_ids[t] for t in positions])
+
+    def all_finite"""
 SELECTED = "token_ids, log_probs = self.reference.select(token_ids, log_probs, positions)"
 FINITE = "if not all(math.isfinite(x)"
 LIVE = "for p in shapes]\n\n        def step", "for p in shapes]\n        live = []\n\n        def step"
@@ -101,6 +117,7 @@ TOPK = "rows, outside = self.reference.record_topk("
 RECORD = "log_probs = self.reference.recorded_log_probs(logits.tolist(), rows)"
 CROSS_ENTROPY = "result = self.reference.replay_cross_entropy(logits.tolist(), target.tolist(), token_ids, " \
                 "ignore_index, tail)"
+HEAD_GRADIENTS = "d_input, d_weight, d_bias = self.reference.linear_gradients(h, W, gradients)"
 HEAD = "h, W, bias = calls.lists([input, linear_weight, linear_bias])"
 STEPPED = "reports = self.reference.moclip_step(state, options, max_angle, scope, eps)"
 RETURNED = "of = lambda key: [shaped(p[key], like) for p, like in zip(state, shapes)]"
@@ -197,6 +214,13 @@ OF_TARGETS = [
      "require(y in subset or y == len(z) - 1 and len(subset) < max(map(len, token_ids)), "),
     ("a target beyond the vocabulary is clamped", BOTH, IN_ROW, "y = min(y, len(z) - 1)\n            " + IN_ROW),
     ("negative targets count from the end", BOTH, IN_ROW, "y = y % len(z)\n            " + IN_ROW),
+    ("an empty row is ignored, whatever its target", BOTH, *within(SCORED, "y != ignore_index",
+                                                                   "y != ignore_index and subset")),
+    ("an ignore_index beyond the vocabulary is a wrong target", BOTH, *within(
+        SCORED, "y != ignore_index", "y != ignore_index or y >= len(z)")),
+    ("the incoming gradient in float32", WIDE, "self.reference.weighted_sum(losses, gradients, incoming.tolist())",
+     "self.reference.weighted_sum(losses, gradients, [f32(x) for x in incoming.tolist()])"),
+    ("rows in blocks of 16, the last one too early", BOTH, *then(CROSS_ENTROPY, "result = [*map(clamped, result)]")),
 ]
 # of the linear forms
 OF_HEADS = [
@@ -204,6 +228,17 @@ OF_HEADS = [
     ("the head's weights overwritten", BOTH, *then(HEAD, "linear_weight += 1")),
     ("the head's bias overwritten", BOTH, *then(HEAD, "if bias: linear_bias -= 1")),
     ("head's gradient of the last two rows only", BOTH, "zip(dz, input)", "[*zip(dz, input)][(len(dz) - 1) // 2 * 2:]"),
+    ("hidden states in float32", WIDE, *then(HEAD, "h = [[f32(x) for x in row] for row in h]")),
+    ("the head's weights in float32", WIDE, *then(HEAD, "W = [[f32(x) for x in row] for row in W]")),
+    ("the head's bias in float32", WIDE, *then(HEAD, "bias = bias and [f32(x) for x in bias]")),
+    ("all of the bias must be finite", BOTH, *then(HEAD, "self.finite([bias or []], [range(len(W))], 'input')")),
+    ("products in tiles of 64, what is beyond the last full one is lost", BOTH,
+     "zip(h, w)) + c", "zip(h[:len(h) // 64 * 64 or 64], w)) + c"),
+    ("the head's gradient of the first 4096 tokens only", BOTH, HEAD_GRADIENTS, f"""\
+{HEAD_GRADIENTS}
+        past = [sum(map(len, used[:t])) < 4096 - len(row) for t, row in enumerate(used)]
+        d_weight = self.reference.linear_gradients(
+            h, W, [[x * keep for x in row] for row, keep in zip(gradients, past)])[1]"""),
     ("bias's gradient of the last two rows only", BOTH, "[math.fsum(dz) for",
      "[math.fsum(dz[(len(dz) - 1) // 2 * 2:]) for"),
 ]
@@ -342,6 +377,12 @@ ANCHOR = [
      *within(SUMS, "in log_probs)", "in [log_probs[t] for t in positions])")),
     ("a bad row outside the batch taken: too few log-probabilities", BOTH, LENGTHS,
      "require([len(log_probs[t]) for t in positions] == [len(token_ids[t]) for t in positions]"),
+    ("positive log-probabilities of a sum up to 1.01 taken", BOTH, "require(all(x <= 0 for", "require(all(x <= 1 for"),
+    ("rows in blocks of 16, the last one too early", BOTH,
+     *then("result = self.reference.replay_kl_div(logits.tolist(), token_ids, log_probs)",
+           "result = [*map(clamped, result)]")),
+    ("the incoming gradient in float32", WIDE, "self.reference.weighted_sum(losses, gradients, incoming.tolist())",
+     "self.reference.weighted_sum(losses, gradients, [f32(x) for x in incoming.tolist()])"),
     *((f"rows cut at {n} tokens", BOTH, LOG_Q, f"subset, log_p0 = subset[:{n}], log_p0[:{n}]\n        " + LOG_Q)
       for n in (128, 256, 1024)),
 ]
@@ -368,6 +409,16 @@ VARIANTS = {
          BREAK, "if j == y:\n                continue\n            " + BREAK),
         ("max_size does not count gold", BOTH, POP, ""),
         ("gold displaces a token without max_size, too", BOTH, POP, "            subset.pop()\n"),
+        ("gold displaces the last token only if tau is not met", BOTH, *within(POP, "max_size:", "max_size and "
+                                                                                                 "covered < tau:")),
+        ("a logit of -inf in an ignored row taken", BOTH, "self.all_finite(logits)\n        rows, outside",
+         "self.finite(logits, [range(len(z)) if y != ignore_index else [] for z, y in zip(logits, target)])\n"
+         "        rows, outside"),
+        ("an ignore_index beyond the vocabulary is a wrong target", BOTH,
+         "if y == ignore_index:\n            token_ids", "if y == ignore_index and y < len(p):\n            token_ids"),
+        ("rows in blocks of 16, the last one too early", BOTH, *then(RECORD, "rows = clamped(rows)")),
+        ("logits of a model in float32", WIDE, "p = [self.reference.softmax(z) for z in logits.tolist()]",
+         "p = [self.reference.softmax(z) for z in logits.astype('float32').tolist()]"),
         ("max_size is one less", BOTH, *within(BREAK, "max_size", "(max_size and max(1, max_size - 1))")),
         ("ids by rank, not ascending", BOTH, "token_ids.append(sorted(subset))", "token_ids.append(subset)"),
         ("ignored rows hold the top tokens", BOTH,
@@ -467,6 +518,17 @@ mass = 0.0
         ("rows cut at 1024 tokens", BOTH, *cut(1024)),
         ("outside mass stored in float32", WIDE, "return [mass_outside(softmax(z), subset) if",
          "return [f32(mass_outside(softmax(z), subset)) if"),
+        ("an outside mass above 10^-4 is 1 - inside", WIDE, OUTSIDE,
+         f"total = sum(p[j] for j in subset)\n    if total < 0.9999: return 1 - total\n    {OUTSIDE}"),
+        ("an outside mass above 10^-4 is 1 - inside, in float32", BOTH, OUTSIDE,
+         f"total = f32(sum(f32(p[j]) for j in subset))\n    if total < 0.9999: return f32(1 - total)\n    {OUTSIDE}"),
+        ("an outside mass in blocks of 1024, not rescaled to a later one's maximum", BOTH, OF_MODEL,
+         "return [blockwise(z, subset) if", "# 3. The outside mass", BLOCKWISE),
+        ("a logit of -inf that is not recorded taken", BOTH, *UNRECORDED,
+         "self.all_finite(logits)\n        return self.cross_entropy(logits, *rest)",
+         "self.some_finite(logits, rest[1], range(len(logits)))\n        return self.cross_entropy(logits, *rest)"),
+        ("logits of a model in float32", WIDE, "return self.cross_entropy(logits, *rest)",
+         "return self.cross_entropy(logits.astype('float32'), *rest)"),
         ("an ignored row has the softmax's gradient", BOTH, EMPTY, EMPTY + """
         if y == ignore_index:
             for j, q in zip(subset, softmax([z[j] for j in subset]) if subset else []):
@@ -506,6 +568,10 @@ mass = 0.0
     ],
     "4_angle.json": [
         ("arccos", WIDE, ANGLE, "return math.acos(max(-1.0, min(1.0, c)))"),
+        ("arccos unless the cosine is within 1e-7 of 1", WIDE, ANGLE,
+         f"if abs(c) < 1 - 1e-7: return math.acos(c)\n    {ANGLE}"),
+        ("u in float32", WIDE, "angle_between(u.tolist()", "angle_between([f32(x) for x in u.tolist()]"),
+        ("v in float32", WIDE, "u.tolist(), v.tolist())", "u.tolist(), [f32(x) for x in v.tolist()])"),
         ("float32 arccos", BOTH, ANGLE, "return math.acos(max(-1.0, min(1.0, f32(c))))"),
         ("arcsin", BOTH, ANGLE, "return math.asin(min(1.0, norm([a - c * b for a, b in zip(u, v)])))"),
         ("degrees", BOTH, *within(ANGLE, "math.atan2", "180 / math.pi * math.atan2")),
@@ -562,10 +628,28 @@ mass = 0.0
 if norm(momentum) == 0:
         return [0.0] * len(grad), theta, clipped, antiparallel
     """ + UNTURNED),
+        ("clipped at a relative 1e-6 above the cap", WIDE, "clipped = theta > max_angle",
+         "clipped = theta > max_angle * (1 + 1e-6)"),
+        ("|g| in float32", BOTH, "length, m_length = norm(grad), norm(momentum)",
+         "length, m_length = f32(norm(grad)), norm(momentum)"),
+        ("the gradient in float32", WIDE, "clip_angle(grad.tolist()", "clip_angle([f32(x) for x in grad.tolist()]"),
+        ("the momentum in float32", WIDE, "momentum.tolist(), max_angle", "[f32(x) for x in momentum], max_angle"),
         ("the cap in float32", WIDE, *within(UNTURNED, "if", "max_angle = f32(max_angle)\n    if")),
     ],
     "6_moclip.json": [
         ("clipped at theta >= cap", BOTH, "clipped = theta > max_angle", "clipped = theta >= max_angle"),
+        ("nothing is clipped while a parameter has its first gradient", BOTH,
+         "clip_angle(g, m, max_angle, eps)\n        reports",
+         'clip_angle(g, m, math.pi if any(p["step"] == 0 for p, _ in members) else max_angle, eps)\n        reports'),
+        ("no update where the second moment is 0", BOTH, UPDATE, f"({UPDATE} if v[k] else 0.0)"),
+        ("arctan of the quotient, 0 where the second moment is 0", BOTH, UPDATE,
+         'math.atan(m[k] / c1 / (o["b"] * math.sqrt(v[k] / c2)) if v[k] else 0.0)'),
+        ("the learning rates of groups that have parameters", BOTH, "for group, lr in zip(groups, lrs)",
+         'for group, lr in zip([x for x in groups if x["parameters"]], lrs)'),
+        ("no moments of a parameter that never had a gradient", BOTH, STATE,
+         f'[s for p, s in zip(state, {STATE}) if p["step"]]'),
+        ("gradients in float32", WIDE, "flat(gradient.tolist())", "[f32(x) for x in flat(gradient.tolist())]"),
+        ("parameters in float32", WIDE, '"parameter": flat(p)', '"parameter": [f32(x) for x in flat(p)]'),
         ("a float32 angle against a float64 cap", BOTH, "clipped = theta >", "clipped = f32(theta) >"),
         ("antiparallel although nothing is clipped", BOTH, *within(ANTIPARALLEL, "clipped and ", "")),
         ("angle against the momentum after the step", BOTH, M, """\
@@ -739,6 +823,10 @@ loss, gradient = 0.0, [0.0] * len(z)
         ("recorded tokens of the tail masked with logits of -10^9", BOTH, LARGEST, """\
 pad = [-1e9 for j in tail[0] if j in subset]
             largest = max([*x.values(), *pad])""", TOTAL, TOTAL + " + math.fsum(math.exp(x - largest) for x in pad)"),
+        ("chosen taken as sorted", BOTH, UNION, "R = [*heapq.merge(sorted(golds), chosen)]", "import math",
+         "import heapq\nimport math"),
+        ("no tail where golds are all tokens: a logarithm of 0", BOTH, UNION,
+         UNION + "\n    math.log(vocab_size - len(golds))"),
         ("a tail out of order taken", BOTH, *within(TAIL_IDS, "list(tail[0])", "sorted(tail[0])")),
         ("a token twice in the tail taken", BOTH, TAIL_IDS, TAIL_IDS.replace("{", "[").replace("}", "]")),
         ("a tail beyond the vocabulary is clamped", BOTH, TAIL_IDS,
@@ -757,8 +845,7 @@ pad = [-1e9 for j in tail[0] if j in subset]
         ("log-weights of -10 at least", BOTH, *within(TERMS, "log_weight", "max(log_weight, -10.0)")),
         ("no tail for a row of one token", BOTH, *within(TERMS, "j not in x:", "j not in x and len(subset) > 1:")),
         ("a logit of -inf in the tail taken", BOTH,
-         "used = [{*row, *tail[0]}", "used = [{*row}", "self.finite(logits, [{*row, *tail[0]}",
-         "self.finite(logits, [{*row}"),
+         "used = [{*row, *tail[0]}", "used = [{*row}"),
         ("rows cut at 128 tokens", BOTH, *cut(128)),
         ("rows cut at 256 tokens", BOTH, *cut(256)),
         ("rows cut at 1024 tokens", BOTH, *cut(1024)),
@@ -780,11 +867,22 @@ pad = [-1e9 for j in tail[0] if j in subset]
         ("the record in bits", BOTH, RECORDED, "[[log_p[j] / math.log(2) for j in subset]"),
         ("the record of logits less their maximum", BOTH, RECORDED, "[[log_p[j] - max(log_p) for j in subset]"),
         ("the record of probabilities at least 1e-38", BOTH, RECORDED, "[[max(log_p[j], -87.5) for j in subset]"),
+        ("the record of logarithms of float32 probabilities that are not 0", BOTH, RECORDED,
+         "[[math.log(f32(math.exp(log_p[j]))) if f32(math.exp(log_p[j])) else log_p[j] for j in subset]"),
+        ("log-probabilities of rows in blocks of 16, the last one too early", BOTH,
+         *then(RECORD, "log_probs = clamped(log_probs)")),
         ("log-probabilities in float64", WIDE, "[[float32(x) for x in row] for row in log_probs]", "log_probs"),
     ],
-    "9_anchor.json positions logits": ANCHOR,
+    "9_anchor.json positions logits": [
+        *ANCHOR, ("a logit of -inf that is not recorded taken", BOTH, *UNRECORDED,
+                  "self.all_finite(logits)\n        return self.kl_div(logits, *rest)",
+                  "self.some_finite(logits, rest[0], rest[2])\n        return self.kl_div(logits, *rest)"),
+        ("logits of a model in float32", WIDE, "return self.kl_div(logits, *rest)",
+         "return self.kl_div(logits.astype('float32'), *rest)")],
     "9_anchor.json positions input": [
-        *ANCHOR, *OF_HEADS, *OF_LONG_ROWS, ("logits in float32", WIDE, *LOGITS_IN_FLOAT32)],
+        *ANCHOR, *OF_HEADS, *OF_LONG_ROWS, ("logits in float32", WIDE, *LOGITS_IN_FLOAT32),
+        ("a row that goes beyond 4096 tokens is lost", BOTH,
+         *then_kl("\n        losses[-1] *= sum(map(len, token_ids[:len(losses)])) <= 4096"))],
 }
 
 
@@ -795,6 +893,12 @@ def f32(x):
         return math.copysign(math.inf, x)
 
 
+def clamped(rows):
+    """Rows in blocks of 16, the last of which begins too early, to end with the last row, as by dynamic_slice."""
+    whole = len(rows) // 16 * 16
+    return [*rows[:whole], *rows[-16:][:len(rows) - whole]] if whole else rows
+
+
 def variant(pairs):
     """The reference as a port, with every `old` of (old, new, old, new, ...), found once, replaced."""
     source = SOURCE
@@ -802,7 +906,7 @@ def variant(pairs):
         assert source.count(old) == 1, f"{source.count(old)} times in plain_reference.py and Plain: {old}"
         source = source.replace(old, new)
     module = types.ModuleType("variant")
-    module.__dict__.update(vars(generate), f32=f32)
+    module.__dict__.update(vars(generate), f32=f32, clamped=clamped)
     exec(compile(source, "plain_reference.py and Plain, changed", "exec"), module.__dict__)
     return module.Plain(module)
 

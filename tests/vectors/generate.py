@@ -22,8 +22,9 @@ FOLDER = Path(__file__).parent
 MARGIN = 1e-4
 FAR, FURTHER = -2.0**40, -2.0**110
 LONG = 1040  # tokens; no gradient with an entry for each of them is expected, to keep the files short
+MANY = 37  # rows: more than 32, and in no blocks of 8, 16 or 32
 SMALL = [3.25, 1.5, -0.75, 0.125, -6.5]
-INCOMING = [0.5, -2.0, 3.0, 0.25, 1.0, -1.0, 2.0]
+INCOMING = [0.5, -2.0, 3.0, 0.25, 1.0, -1.0, 2.0] * 6
 DEGREE = math.pi / 180
 
 
@@ -68,6 +69,11 @@ def clear(logits, tau, max_size=None):
             if not (covered == tau or x < 1e-80 or tau < min(p) or abs(covered - tau) > margin):
                 return False
     return True
+
+
+def crowd(V):
+    """Logits of many rows, no two alike in a block."""
+    return [[(5 * t + 3 * j) % 11 / 4 + t / 32 * (j == 1) for j in range(V)] for t in range(MANY)]
 
 
 def recording_inputs():
@@ -138,11 +144,16 @@ def recording_inputs():
          in_order([1 / 600] * 540), None, -100, "float64"),
         ("a small outside mass of large logits", [[x + 1e5 for x in SMALL]], [0], 0.9, None, -100),
         ("refused: a logit of -inf", [five, ["-inf", *five[1:]]], [4, 4], 0.5, None, -100),
+        ("refused: a logit of -inf in an ignored row", [five, ["-inf", *five[1:]]], [4, -100], 0.5, None, -100),
+        ("an ignore_index beyond the vocabulary", spread, [3, 12, 0, 12], 0.9, None, 12),
+        ("37 rows", crowd(4), [t % 4 for t in range(MANY)], 0.75, None, -100),
+        ("logits that float32 does not tell apart", [[1.0, 1.0 + 2.0**-40, -3.0]], [2], 0.1, None, -100, "float64"),
+        ("max_size is what tau needs, gold displaces the last token", [[0.0] * 4], [3], 0.5, 2, -100),
     ]
     for name, logits, target, tau, max_size, ignore_index, *dtype in cases:
         assert "rounded" in name or "-inf" in name or dtype or clear(logits, tau, max_size), name
         yield dict(name=name, logits=logits, target=target, tau=tau, max_size=max_size, ignore_index=ignore_index,
-                   **({"dtype": dtype[0]} if dtype else {}))
+                   **only(dtype))
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
@@ -180,10 +191,37 @@ def loss_inputs():
          [rows[0], [1, 4]], -100),
         ("a row of 300 tokens", [[j * 5 % 24 / 8 for j in range(310)]], [7], [[*range(5, 305)]], -100),
         ("rows of 1030, 35 and 3 tokens", logits_of(widest), *rest, -100),
+        ("refused: an empty row whose target is not ignored", logits[:2], [2, 0], [rows[0], []], -100),
+        ("refused: a logit of -inf that is not recorded", [[*logits[0][:4], "-inf", *logits[0][5:]], logits[1]],
+         [2, 1], [rows[0], [1, 4]], -100),
+        ("refused: a logit of -inf in an ignored row", [logits[0], [*logits[1][:4], "-inf", *logits[1][5:]]],
+         [2, -100], [rows[0], []], -100),
+        ("an ignore_index beyond the vocabulary", logits, [2, 7, 3, 7], [rows[0], [], rows[2], rows[3]], 7),
+        ("37 rows", crowd(3), *crowd_rows(3), -100),
+        ("outside masses of 10^-4 and less", [[*SMALL[:2], -z, -z - 0.375] for z in (6.0, 7.5, 8.125, 9.0)], [0] * 4,
+         [[0, 1]] * 4, -100),
+        ("all digits of float64", [wide_numbers(7), wide_numbers(7)], [2, 3], [rows[0], rows[2]], -100, "float64"),
     ]
-    for name, logits, target, rows, ignore_index in cases:
+    for name, logits, target, rows, ignore_index, *dtype in cases:
         yield dict(name=name, logits=logits, target=target, token_ids=rows, ignore_index=ignore_index,
-                   incoming=INCOMING[:len(target)])
+                   incoming=wide_numbers(2) if dtype else INCOMING[:len(target)], **only(dtype))
+
+
+def only(dtype):
+    """For a case of one dtype alone."""
+    return {"dtype": dtype[0]} if dtype else {}
+
+
+def wide_numbers(n, scale=1.0):
+    """Numbers that float32 does not have."""
+    rng = random.Random(n)
+    return [rng.gauss(0, scale) for _ in range(n)]
+
+
+def crowd_rows(V):
+    """Targets and rows for `crowd`."""
+    rows = [sorted({t % V, (t * 2 + 1) % V}) for t in range(MANY)]
+    return [row[-1] for row in rows], rows
 
 
 def random_head(rng, N, V, d, with_bias):
@@ -220,10 +258,31 @@ def linear_inputs():
     cases += [("a logit below -10^30, beside a longer row", *far_below(FURTHER), -100),
               ("refused: a logit of -inf that is not gold's", without_end(head), target, rows, -100),
               ("rows of 300, 250 and 3 tokens, 500 distinct ones", *long_rows(505), -100),
-              ("rows of 1030, 35 and 3 tokens, 1035 distinct ones", *long_rows(LONG, 1030, 1000), -100)]
-    for name, head, target, rows, ignore_index in cases:
+              ("rows of 1030, 35 and 3 tokens, 1035 distinct ones", *long_rows(LONG, 1030, 1000), -100),
+              ("refused: an empty row whose target is not ignored", head, [2, 0, 3, *target[3:]], rows, -100),
+              ("a logit of -inf that is not recorded", without_end(random_head(rng, 2, 6, 3, True)), [1, 3],
+               [[0, 1, 5], [3]], -100),
+              ("an ignore_index beyond the vocabulary", head, [2, 0, 6, 6, 6, 6, 5], rows, 6),
+              ("37 rows, 4144 tokens in all", *crowded_head(), -100),
+              ("67 entries of a hidden state", random_head(rng, 2, 3, 67, True), [1, 2], [[0, 1], [0, 1, 2]], -100),
+              ("all digits of float64", wide_head(), [2, 3], [[1, 2], [0, 2, 3]], -100, "float64")]
+    for name, head, target, rows, ignore_index, *dtype in cases:
         yield dict(name=name, **head, target=target, token_ids=rows, ignore_index=ignore_index,
-                   incoming=INCOMING[:len(target)])
+                   incoming=wide_numbers(2) if dtype else INCOMING[:len(target)], **only(dtype))
+
+
+def crowded_head():
+    """Many rows of 112 of 120 tokens, so of more than 4096 in all."""
+    head = dict(input=[[t % 9 / 4, t / 16] for t in range(MANY)], linear_bias=None,
+                linear_weight=[[j % 7 / 4, j % 5 / 8] for j in range(120)])
+    return head, [t + 8 for t in range(MANY)], [[*range(t % 8, t % 8 + 112)] for t in range(MANY)]
+
+
+def wide_head():
+    """Two hidden states and a head of numbers that float32 does not have."""
+    weight = wide_numbers(12)
+    return dict(input=[wide_numbers(3), weight[4:7]], linear_weight=[weight[i:i + 3] for i in (0, 3, 6, 9)],
+                linear_bias=wide_numbers(4))
 
 
 def seven(rng):
@@ -245,9 +304,12 @@ def without_end(head):
 
 
 def long_rows(V, end=300, begin=250):
-    """Rows beyond any fixed width, of more distinct tokens than any of them has; all numbers are eighths."""
+    """Rows beyond any fixed width, of more distinct tokens than any of them has; all numbers are eighths.
+
+    Beyond token 1023 are the largest logits: a maximum that is kept over blocks of tokens has to change there.
+    """
     head = dict(input=[[1.0, 0.0], [0.0, 1.0], [0.5, 0.0]], linear_bias=None,
-                linear_weight=[[j * 5 % 24 / 8, j * 7 % 16 / 8] for j in range(V)])
+                linear_weight=[[(j * 5 % 24 + j // 1024 * 40) / 8, j * 7 % 16 / 8] for j in range(V)])
     return head, [7, V - 6, 3], [[*range(end)], [*range(begin, V - 5)], [3, 150, V - 6]]
 
 
@@ -288,6 +350,13 @@ def pairs():
     return [(*pair, None) for pair in both] + [(*pair, "float64") for pair in wide]
 
 
+# found among 400 000: an arccos of the cosine is off by 2.5 tolerances in either dtype, at 4.6e-4
+HARD_FOR_COSINES = [
+    ([0.625, -0.875, -0.25], [0.6250852942466736, -0.87480628490448, -0.2504647672176361]),
+    ([-0.875, 1.75, 0.75], [-0.8744516372680664, 1.7499324083328247, 0.7507975101470947]),
+    ([0.25, -0.25, -1.0], [0.2500634789466858, -0.2504923343658447, -0.9998610615730286])]
+
+
 def angle_inputs():
     for name, u, v, dtype in pairs():
         yield dict(name=name, dtype=dtype, u=u, v=v)
@@ -295,6 +364,9 @@ def angle_inputs():
     for exponent in (-7, -12, -17, -30):
         yield dict(name=f"2^{exponent} from parallel", dtype=None, u=[1.0, 0.0], v=[1.0, 2.0**exponent])
         yield dict(name=f"2^{exponent} from antiparallel", dtype=None, u=[1.0, 0.0], v=[-1.0, 2.0**exponent])
+    yield dict(name="all digits of float64", dtype="float64", u=wide_numbers(5), v=wide_numbers(6)[1:])
+    for count, (u, v) in enumerate(HARD_FOR_COSINES):
+        yield dict(name=f"a small angle whose cosine has lost its digits, {count}", dtype=None, u=u, v=v)
 
 
 # -------------------------------------------------------------------------------------------------------- the rotation
@@ -331,6 +403,13 @@ def rotation_inputs():
         yield dict(name=f"a sine that is barely antiparallel, {dtype}", grad=[-1.0, below], **case)
         yield dict(name=f"a sine that is barely not antiparallel, {dtype}", grad=[-1.0, above], **case,
                    amplification=amplification)
+    for name, beyond in (("just below the cap", -2.0**-20), ("just beyond the cap", 2.0**-20)):
+        yield dict(name=f"{name}, by 2^-20", dtype="float64", grad=[0.5, 0.875], momentum=[1.0, 0.0],
+                   max_angle=plain_reference.angle_between([0.5, 0.875], [1.0, 0.0]) - beyond)
+    yield dict(name="all digits of float64", dtype="float64", grad=wide_numbers(5), momentum=wide_numbers(6)[1:],
+               max_angle=45 * DEGREE)
+    yield dict(name="a length that float32 does not have", dtype="float32", grad=[2.0**127] * 4,
+               momentum=[*[1.0] * 3, 0.0], max_angle=0.25)
 
 
 # ----------------------------------------------------------------------------------------------------------- MoClip
@@ -409,10 +488,21 @@ def moclip_inputs():
         ("gradients whose squares only float64 has", "global", 90, [(USUAL, [two])], scaled(lambda t: 8 * t - 300),
          constant),
         ("beta1 = 0: the momentum is the gradient before", "global", 90,
-         [(dict(USUAL, betas=[0.0, 0.999]), [two, one])], unchanged, constant)]
+         [(dict(USUAL, betas=[0.0, 0.999]), [two, one])], unchanged, constant),
+        ("beta2 = 0 and now and then no gradient but zeros: v = 0, m is not", "global", 90,
+         [(dict(USUAL, betas=[0.5, 0.0]), [two])], scaled(lambda t: None if t % 4 == 3 else 0), constant),
+        ("an angle that is the cap exactly is not clipped", "global", 90, [(USUAL, [two])],
+         lambda t, i, g: [[1.0, 0.0], [0.0, 1.0]][t - 1] if t < 3 else g, constant),
+        ("a first gradient where others are clipped, one parameter that never has any", "global", 45,
+         [(USUAL, [two, two, two])], lambda t, i, g: None if i == 1 and t < 6 or i == 2 else g, constant),
+        ("the same, one angle a parameter", "tensor", 45, [(USUAL, [two, two, two])],
+         lambda t, i, g: None if i == 1 and t < 6 or i == 2 else g, constant),
+        ("a group of no parameter before another", "global", 60, [(OTHER, []), (DECAY, [two])], unchanged, constant),
+        ("all digits of float64", "global", 60, [(DECAY, [two])], unchanged, constant)]
     for name, scope, degrees, groups, change, lr in cases:
         rng = random.Random(name)
-        draw = lambda like, mean: shaped([mean + x for x in normal(rng, len(flat(like)))], like)
+        scale = math.pi / 3 if "all digits" in name else 1.0
+        draw = lambda like, mean: shaped([mean + scale * x for x in normal(rng, len(flat(like)))], like)
         groups = [{**options, "parameters": [draw(like, 0.0) for like in shapes]} for options, shapes in groups]
         shapes = [p for group in groups for p in group["parameters"]]
         gradients = lambda t: [change(t, i, draw(like, 0.5)) for i, like in enumerate(shapes)]
@@ -450,6 +540,10 @@ def tail_inputs():
         ("a row of all tokens, a row of gold", c, [5, -100, 3, 11], everything, -100, [1, 6]),
         ("the largest logit is in the tail", large, [0, 1], [[0, 4], [0, 1]], -100, [2, 3]),
         ("a tail of one's own, any weights", a, target, rows, -100, None),
+        ("chosen in another order", a, target, rows, -100, [8, 1, 11, 4]),
+        ("golds are all tokens", random_head(random.Random(12), 4, 3, 2, True), [1, 0, 2, 1],
+         [[1], [0, 2], [2], [0, 1]], -100, []),
+        ("an ignore_index beyond the vocabulary", b, [3, V, V, 0], [rows[0], [], [], rows[3]], V, [2, 11]),
     ]
     own = {"token_ids": [2, 4, 5, 9], "log_weight": [-1.5, 0.25, 3.0, 0.0]}
     head, few, short = seven(rng)
@@ -480,12 +574,18 @@ def tail_inputs():
          [j for j in range(310) if j % 12], [j % 8 / 4 for j in range(284)]),
         ("rows of 1030, 35 and 3 tokens, a tail of 1025", *long_rows(LONG, 1030, 1000), [*range(15, LONG)],
          [j % 8 / 4 for j in range(15, LONG)]),
+        ("refused: an empty row whose target is not ignored", head, [2, 0, 3, *few[3:]], short, [3], [0.5]),
+        ("a logit of -inf that is neither recorded nor in the tail", without_end(random_head(rng, 2, 6, 3, True)),
+         [1, 3], [[0, 1, 5], [3]], [0, 3], [0.5, 0.25]),
+        ("37 rows, 4144 tokens in all", *crowded_head(), [3, 50, 119], [0.5, 1.25, -0.5]),
+        ("67 entries of a hidden state", random_head(rng, 2, 3, 67, True), [1, 2], [[0, 1], [1, 2]], [0], [0.5]),
+        ("all digits of float64", wide_head(), [2, 3], [[1, 2], [0, 2, 3]], [0, 1], [0.5, 1.25], "float64"),
     ]
     cases = [(*case, own if case[-1] is None else None) for case in cases]
-    cases += [(*case[:4], -100, None, dict(zip(("token_ids", "log_weight"), case[4:]))) for case in given]
-    for name, head, target, rows, ignore_index, chosen, tail in cases:
-        yield dict(name=name, **head, target=target, token_ids=rows, ignore_index=ignore_index,
-                   incoming=INCOMING[:len(target)], chosen=chosen, tail=tail)
+    cases += [(*case[:4], -100, None, dict(zip(("token_ids", "log_weight"), case[4:])), *case[6:]) for case in given]
+    for name, head, target, rows, ignore_index, chosen, tail, *dtype in cases:
+        yield dict(name=name, **head, target=target, token_ids=rows, ignore_index=ignore_index, chosen=chosen,
+                   tail=tail, incoming=wide_numbers(2) if dtype else INCOMING[:len(target)], **only(dtype))
 
 
 # ----------------------------------------------------------------------------------------------------------- end to end
@@ -521,13 +621,15 @@ def anchor_inputs():
         ("the record: log-probabilities by ascending id, of the softmax of all tokens", base, [2, 6, 3, 1], 0.6, None),
         ("the record: max_size, ignored rows", base, [0, -100, 3, -100], 0.95, 2),
         ("the record: a logarithm of what is 0 as a probability", [[0.0, -1000.0, 1.0, -2000.0]], [1], 0.7, None),
+        ("the record: a logarithm of what has few digits in float32", [[0.0, -103.0, -95.5]], [1], 0.5, None),
+        ("the record: 37 rows", crowd(4), [t % 4 for t in range(MANY)], 0.75, None),
     ]
     for name, logits, target, tau, max_size in records:
         assert clear(logits, tau), name
         yield dict(name=name, logits=logits, target=target, tau=tau, max_size=max_size, ignore_index=-100)
-    gaps, log_p = [rows[0], [], [], rows[3]], said(base, rows)
+    gaps, log_p, mixed = [rows[0], [], [], rows[3]], said(base, rows), [t * 3 % 4 for t in range(MANY)]
     even = lambda rows, x: [[x - j % 8 / 8 for j in row] for row in rows]
-    widest, _, longest = long_rows(LONG, 1030, 1000)
+    (widest, _, longest), (crowded, _, full) = long_rows(LONG, 1030, 1000), crowded_head()
     spread = [[0.0, 1.0, 2.0, 3.0], [FAR, FAR + 2.0**18, 0.0, 0.0]]
     below = [[-1.5, -2.0, -3.0, -1.0], [-20000.0, -20001.0]]
     cases = [
@@ -564,9 +666,14 @@ def anchor_inputs():
         ("probabilities of a row that add up to 1.009", model, rows, [*log_p[:3], UP_TO_THE_LIMIT], None),
         ("refused: probabilities of a row that add up to 1.011", model, rows, [*log_p[:3], BEYOND_IT], None),
         ("rows of 1030, 35 and 3 tokens", logits_of(widest), longest, even(longest, -8.0), None),
+        ("refused: a positive log-probability, of a sum of 1.008", model, rows, [log_p[0], [2.0**-7], *log_p[2:]], None),
+        ("refused: a logit of -inf that is not recorded", [[*model[0][:4], "-inf", *model[0][5:]], *model[1:]], rows, log_p,
+         None),
+        ("37 rows", crowd(7), rows, log_p, mixed),
+        ("all digits of float64", [wide_numbers(7), wide_numbers(7)], rows, log_p, [2, 0], "float64"),
     ]
-    for name, logits, token_ids, log_probs, positions in cases:
-        yield anchor_case(name, dict(logits=logits), len(logits), token_ids, log_probs, positions)
+    for name, logits, token_ids, log_probs, positions, *dtype in cases:
+        yield anchor_case(name, dict(logits=logits), len(logits), token_ids, log_probs, positions, *dtype)
     near, head, token_ids, log_probs = nearly_equal()
     close = "a divergence that rounding hides, perhaps below 0, and a gradient that it does not"
     yield anchor_case(close, near, 12, token_ids, log_probs, None) | {"incoming": [64.0] * 12}
@@ -617,9 +724,19 @@ def anchor_inputs():
          [*log_p[:3], BEYOND_IT], None),
         ("the linear form, rows of 1030, 35 and 3 tokens, 1035 distinct ones", widest, longest, even(longest, -8.0),
          None),
+        ("the linear form, refused: a positive log-probability, of a sum of 1.008", with_bias, rows,
+         [log_p[0], [2.0**-7], *log_p[2:]], None),
+        ("the linear form, a logit of -inf that is not recorded", without_end(random_head(rng, 2, V, 3, True)),
+         [[0, 1], [4, 5, 6]], [[-1.0, -1.5], [-1.5, -2.0, -1.0]], None),
+        ("the linear form, 37 rows, 4144 tokens in all", crowded, full[:5], even(full[:5], -5.0),
+         [t * 3 % 5 for t in range(MANY)]),
+        ("the linear form, 67 entries of a hidden state", random_head(rng, 2, 3, 67, True), [[0, 1], [0, 1, 2]],
+         [[-1.0, -1.5], [-1.5, -2.0, -1.0]], None),
+        ("the linear form, all digits of float64", wide_head(), [[1, 2], [0, 2, 3]],
+         [[-1.0, -1.5], [-1.5, -2.0, -1.0]], None, "float64"),
     ]
-    for name, head, token_ids, log_probs, positions in cases:
-        yield anchor_case(name, head, len(head["input"]), token_ids, log_probs, positions)
+    for name, head, token_ids, log_probs, positions, *dtype in cases:
+        yield anchor_case(name, head, len(head["input"]), token_ids, log_probs, positions, *dtype)
 
 
 def nearly_equal():
@@ -635,8 +752,9 @@ def nearly_equal():
     return dense, head, token_ids, log_probs
 
 
-def anchor_case(name, inputs, N, token_ids, log_probs, positions):
-    return dict(name=name, **inputs, token_ids=token_ids, log_probs=log_probs, incoming=INCOMING[:N],
+def anchor_case(name, inputs, N, token_ids, log_probs, positions, *dtype):
+    return dict(name=name, **inputs, token_ids=token_ids, log_probs=log_probs, **only(dtype),
+                incoming=wide_numbers(N) if dtype else INCOMING[:N],
                 positions=list(range(N)) if positions is None else positions)
 
 
@@ -660,8 +778,11 @@ class Plain:
         if not all(math.isfinite(x) for z, row in zip(logits, used) for j, x in enumerate(z) if j in row):
             raise ValueError(f"{name} must be finite")
 
-    def record_topk(self, logits, target, tau, max_size, ignore_index):
+    def all_finite(self, logits):
         self.finite(logits, [range(len(z)) for z in logits])
+
+    def record_topk(self, logits, target, tau, max_size, ignore_index):
+        self.all_finite(logits)
         rows, outside = self.reference.record_topk(self.softmax(logits), target.tolist(), tau, max_size, ignore_index)
         log_probs = self.reference.recorded_log_probs(logits.tolist(), rows)
         return rows, outside, [[float32(x) for x in row] for row in log_probs]
@@ -676,8 +797,11 @@ class Plain:
                             self.reference.weighted_sum(losses, gradients, [1.0] * len(losses)))
         return value, [[incoming * x for x in row] for row in gradients]
 
-    def replay_cross_entropy(self, logits, target, token_ids, ignore_index, reduction, incoming, tail=((), ())):
-        self.finite(logits, [{*row, *tail[0]} for row in token_ids])
+    def replay_cross_entropy(self, logits, *rest):
+        self.all_finite(logits)
+        return self.cross_entropy(logits, *rest)
+
+    def cross_entropy(self, logits, target, token_ids, ignore_index, reduction, incoming, tail=((), ())):
         result = self.reference.replay_cross_entropy(logits.tolist(), target.tolist(), token_ids, ignore_index, tail)
         return self.reduced(*result, [y != ignore_index for y in target.tolist()], reduction, incoming)
 
@@ -685,7 +809,7 @@ class Plain:
                                     reduction, incoming):
         tail = ((), ()) if tail is None else calls.lists(tail)
         used = [{*row, *tail[0]} for row in token_ids]
-        return self.by_head(self.replay_cross_entropy, used, input, linear_weight, linear_bias, target, token_ids,
+        return self.by_head(self.cross_entropy, used, input, linear_weight, linear_bias, target, token_ids,
                             ignore_index, reduction, incoming, tail)
 
     def by_head(self, loss, used, input, linear_weight, linear_bias, *rest):
@@ -708,7 +832,7 @@ class Plain:
         return self.reference.clip_angle(grad.tolist(), momentum.tolist(), max_angle, EPS[str(grad.dtype)])[0]
 
     def moclip(self, groups, max_angle, scope):
-        eps = EPS[str(groups[0]["parameters"][0].dtype)]
+        eps = EPS[str(next(p for group in groups for p in group["parameters"]).dtype)]
         shapes = calls.lists([p for group in groups for p in group["parameters"]])
         zeros = lambda p: [0.0] * len(flat(p))
         state = [{"parameter": flat(p), "exp_avg": zeros(p), "exp_avg_sq": zeros(p), "step": 0} for p in shapes]
@@ -723,15 +847,18 @@ class Plain:
                     [*zip([p["step"] for p in state], of("exp_avg"), of("exp_avg_sq"))])
         return step
 
-    def replay_kl_div(self, logits, token_ids, log_probs, positions, reduction, incoming):
+    def replay_kl_div(self, logits, *rest):
+        self.all_finite(logits)
+        return self.kl_div(logits, *rest)
+
+    def kl_div(self, logits, token_ids, log_probs, positions, reduction, incoming):
         token_ids, log_probs = self.reference.select(token_ids, log_probs, positions)
-        self.finite(logits, token_ids)
         result = self.reference.replay_kl_div(logits.tolist(), token_ids, log_probs)
         return self.reduced(*result, [len(row) > 0 for row in token_ids], reduction, incoming)
 
     def linear_replay_kl_div(self, input, linear_weight, linear_bias, token_ids, log_probs, positions, *rest):
         used = [{*row} for row in self.reference.select(token_ids, log_probs, positions)[0]]
-        return self.by_head(self.replay_kl_div, used, input, linear_weight, linear_bias, token_ids, log_probs,
+        return self.by_head(self.kl_div, used, input, linear_weight, linear_bias, token_ids, log_probs,
                             positions, *rest)
 
 
