@@ -92,6 +92,8 @@ def test_the_comparison_sees_what_differs():
 # ----------------------------------------------------------------------------------------------------- the two modules
 
 def record_of(token_ids, V, log_probs=None):
+    if log_probs is not None and [*map(len, log_probs)] != [*map(len, token_ids)]:  # a flat record has no such rows
+        raise ValueError("log_probs must hold one for each recorded token")
     tensor = lambda rows, dtype: torch.tensor([x for row in rows for x in row], dtype=dtype)
     log_probs = None if log_probs is None else tensor(log_probs, torch.float32)
     return ReplayRecord(tensor(token_ids, torch.int32), torch.tensor([0, *map(len, token_ids)]).cumsum(0),

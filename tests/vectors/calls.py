@@ -43,9 +43,12 @@ def of_head(function, case, array, *rest, **chunk):
 
 
 def loss(port, case, array):
+    if case.get("alone") == "outside_mass":
+        return {"outside_mass": port.outside_mass(array(case["logits"]), case["token_ids"])}
     rest = array(case["target"], int), case["token_ids"], case["ignore_index"]
-    return {**of_logits(port.replay_cross_entropy, case, array, *rest),
-            "outside_mass": port.outside_mass(array(case["logits"]), case["token_ids"])}
+    losses = of_logits(port.replay_cross_entropy, case, array, *rest)
+    return losses if "alone" in case else {
+        **losses, "outside_mass": port.outside_mass(array(case["logits"]), case["token_ids"])}
 
 
 def linear_loss(port, case, array, tail=None, **chunk):
@@ -58,6 +61,9 @@ def named(tail):
 
 
 def tail_loss(port, case, array, **chunk):
+    if "alone" in case:
+        return {"tail": named(port.sample_tail(case["chosen"], array(case["target"], int), case["vocab_size"],
+                                               case["ignore_index"]))}
     if case["tail"] is None:
         V = len(case["linear_weight"])
         tail = port.sample_tail(case["chosen"], array(case["target"], int), V, case["ignore_index"])

@@ -203,8 +203,11 @@ def loss_inputs():
         ("all digits of float64", [wide_numbers(7), wide_numbers(7)], [2, 3], [rows[0], rows[2]], -100, "float64"),
     ]
     for name, logits, target, rows, ignore_index, *dtype in cases:
-        yield dict(name=name, logits=logits, target=target, token_ids=rows, ignore_index=ignore_index,
+        alone = {"alone": "replay_cross_entropy"} if "-inf" in name and "gold" not in name else {}
+        yield dict(name=name, logits=logits, target=target, token_ids=rows, ignore_index=ignore_index, **alone,
                    incoming=wide_numbers(2) if dtype else INCOMING[:len(target)], **only(dtype))
+    yield dict(name="refused: a logit of -inf, by the outside mass", alone="outside_mass",
+               logits=[[0.0, "-inf", 1.0]], token_ids=[[0, 2]])
 
 
 def only(dtype):
@@ -365,6 +368,8 @@ def angle_inputs():
         yield dict(name=f"2^{exponent} from parallel", dtype=None, u=[1.0, 0.0], v=[1.0, 2.0**exponent])
         yield dict(name=f"2^{exponent} from antiparallel", dtype=None, u=[1.0, 0.0], v=[-1.0, 2.0**exponent])
     yield dict(name="all digits of float64", dtype="float64", u=wide_numbers(5), v=wide_numbers(6)[1:])
+    for v in ([-1.0], [-1.0, -2.0]):  # their products are -0, whose arctan2 is pi
+        yield dict(name=f"zero against {len(v)} negative", dtype=None, u=[0.0] * len(v), v=v)
     for count, (u, v) in enumerate(HARD_FOR_COSINES):
         yield dict(name=f"a small angle whose cosine has lost its digits, {count}", dtype=None, u=u, v=v)
 
@@ -497,6 +502,8 @@ def moclip_inputs():
          [(USUAL, [two, two, two])], lambda t, i, g: None if i == 1 and t < 6 or i == 2 else g, constant),
         ("the same, one angle a parameter", "tensor", 45, [(USUAL, [two, two, two])],
          lambda t, i, g: None if i == 1 and t < 6 or i == 2 else g, constant),
+        ("zero gradients against negative momenta", "tensor", 90, [(USUAL, [one, two])],
+         lambda t, i, g: [0.0] * len(g) if t % 3 == 0 else [-1.0 - abs(x) for x in g], constant),
         ("a group of no parameter before another", "global", 60, [(OTHER, []), (DECAY, [two])], unchanged, constant),
         ("all digits of float64", "global", 60, [(DECAY, [two])], unchanged, constant)]
     for name, scope, degrees, groups, change, lr in cases:
@@ -579,6 +586,7 @@ def tail_inputs():
          [1, 3], [[0, 1, 5], [3]], [0, 3], [0.5, 0.25]),
         ("37 rows, 4144 tokens in all", *crowded_head(), [3, 50, 119], [0.5, 1.25, -0.5]),
         ("67 entries of a hidden state", random_head(rng, 2, 3, 67, True), [1, 2], [[0, 1], [1, 2]], [0], [0.5]),
+        ("a recorded token of the tail, of a weight of e^1000", large, [0, 1], [[0, 4], [0, 1]], [0, 3], [1000.0, 0.5]),
         ("all digits of float64", wide_head(), [2, 3], [[1, 2], [0, 2, 3]], [0, 1], [0.5, 1.25], "float64"),
     ]
     cases = [(*case, own if case[-1] is None else None) for case in cases]
@@ -586,6 +594,9 @@ def tail_inputs():
     for name, head, target, rows, ignore_index, chosen, tail, *dtype in cases:
         yield dict(name=name, **head, target=target, token_ids=rows, ignore_index=ignore_index, chosen=chosen,
                    tail=tail, incoming=wide_numbers(2) if dtype else INCOMING[:len(target)], **only(dtype))
+    for y in (-1, V):
+        yield dict(name=f"refused: a target of {y}, by the drawing", alone="sample_tail", target=[3, y, 7],
+                   vocab_size=V, ignore_index=-100, chosen=[1, 4])
 
 
 # ----------------------------------------------------------------------------------------------------------- end to end
@@ -622,11 +633,14 @@ def anchor_inputs():
         ("the record: max_size, ignored rows", base, [0, -100, 3, -100], 0.95, 2),
         ("the record: a logarithm of what is 0 as a probability", [[0.0, -1000.0, 1.0, -2000.0]], [1], 0.7, None),
         ("the record: a logarithm of what has few digits in float32", [[0.0, -103.0, -95.5]], [1], 0.5, None),
+        ("the record: large logits", [[2.0**17, 2.0**17 + 0.5, 2.0**17 - 0.75]], [0], 1.0, None),
+        ("the record: large logits of float64", [[2.0**40, 2.0**40 + 0.5, 2.0**40 - 0.75]], [0], 1.0, None, "float64"),
         ("the record: 37 rows", crowd(4), [t % 4 for t in range(MANY)], 0.75, None),
     ]
-    for name, logits, target, tau, max_size in records:
-        assert clear(logits, tau), name
-        yield dict(name=name, logits=logits, target=target, tau=tau, max_size=max_size, ignore_index=-100)
+    for name, logits, target, tau, max_size, *dtype in records:
+        assert clear(logits, tau) or tau == 1, name
+        yield dict(name=name, logits=logits, target=target, tau=tau, max_size=max_size, ignore_index=-100,
+                   **only(dtype))
     gaps, log_p, mixed = [rows[0], [], [], rows[3]], said(base, rows), [t * 3 % 4 for t in range(MANY)]
     even = lambda rows, x: [[x - j % 8 / 8 for j in row] for row in rows]
     (widest, _, longest), (crowded, _, full) = long_rows(LONG, 1030, 1000), crowded_head()
@@ -666,9 +680,12 @@ def anchor_inputs():
         ("probabilities of a row that add up to 1.009", model, rows, [*log_p[:3], UP_TO_THE_LIMIT], None),
         ("refused: probabilities of a row that add up to 1.011", model, rows, [*log_p[:3], BEYOND_IT], None),
         ("rows of 1030, 35 and 3 tokens", logits_of(widest), longest, even(longest, -8.0), None),
-        ("refused: a positive log-probability, of a sum of 1.008", model, rows, [log_p[0], [2.0**-7], *log_p[2:]], None),
-        ("refused: a logit of -inf that is not recorded", [[*model[0][:4], "-inf", *model[0][5:]], *model[1:]], rows, log_p,
+        ("refused: a positive log-probability, of a sum of 1.008", model, rows, [log_p[0], [2.0**-7], *log_p[2:]],
          None),
+        ("refused: as many log-probabilities as tokens, but not row by row", model, rows,
+         [[*log_p[0], -9.0], [], *log_p[2:]], None),
+        ("refused: a logit of -inf that is not recorded", [[*model[0][:4], "-inf", *model[0][5:]], *model[1:]], rows,
+         log_p, None),
         ("37 rows", crowd(7), rows, log_p, mixed),
         ("all digits of float64", [wide_numbers(7), wide_numbers(7)], rows, log_p, [2, 0], "float64"),
     ]
@@ -726,6 +743,8 @@ def anchor_inputs():
          None),
         ("the linear form, refused: a positive log-probability, of a sum of 1.008", with_bias, rows,
          [log_p[0], [2.0**-7], *log_p[2:]], None),
+        ("the linear form, refused: as many log-probabilities as tokens, but not row by row", with_bias, rows,
+         [[*log_p[0], -9.0], [], *log_p[2:]], None),
         ("the linear form, a logit of -inf that is not recorded", without_end(random_head(rng, 2, V, 3, True)),
          [[0, 1], [4, 5, 6]], [[-1.0, -1.5], [-1.5, -2.0, -1.0]], None),
         ("the linear form, 37 rows, 4144 tokens in all", crowded, full[:5], even(full[:5], -5.0),
@@ -788,6 +807,7 @@ class Plain:
         return rows, outside, [[float32(x) for x in row] for row in log_probs]
 
     def outside_mass(self, logits, token_ids):
+        self.all_finite(logits)
         return self.reference.outside_mass(logits.tolist(), token_ids)
 
     def reduced(self, losses, gradients, counted, reduction, incoming):
@@ -822,6 +842,8 @@ class Plain:
 
     def sample_tail(self, chosen, target, vocab_size, ignore_index):
         """With float32 log-weights, as they are stored."""
+        if not all(y == ignore_index or 0 <= y < vocab_size for y in target.tolist()):
+            raise ValueError("target must lie in [0, V) or be ignore_index")
         ids, log_weight = self.reference.sample_tail(chosen, target.tolist(), vocab_size, ignore_index)
         return ids, [float32(x) for x in log_weight]
 
