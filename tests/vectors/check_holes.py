@@ -117,6 +117,7 @@ TOPK = "rows, outside = self.reference.record_topk("
 RECORD = "log_probs = self.reference.recorded_log_probs(logits.tolist(), rows)"
 CROSS_ENTROPY = "result = self.reference.replay_cross_entropy(logits.tolist(), target.tolist(), token_ids, " \
                 "ignore_index, tail)"
+HEAD_FINITE = 'self.finite(logits, used, "input @ linear_weight.T + linear_bias")'
 HEAD_GRADIENTS = "d_input, d_weight, d_bias = self.reference.linear_gradients(h, W, gradients)"
 HEAD = "h, W, bias = calls.lists([input, linear_weight, linear_bias])"
 STEPPED = "reports = self.reference.moclip_step(state, options, max_angle, scope, eps)"
@@ -222,6 +223,9 @@ OF_TARGETS = [
      "self.reference.weighted_sum(losses, gradients, [f32(x) for x in incoming.tolist()])"),
     ("rows in blocks of 16, the last one too early", BOTH, *then(CROSS_ENTROPY, "result = [*map(clamped, result)]")),
 ]
+NO_LOSS_INFINITE = ("a logit of -inf that makes no loss infinite taken", BOTH, HEAD_FINITE, "pass", HEAD_GRADIENTS,
+                    'self.finite([np.atleast_1d(np.where(np.isinf(value), value, 0))], [range(99)], "input")\n        '
+                    + HEAD_GRADIENTS)
 # of the linear forms
 OF_HEADS = [
     ("hidden states overwritten", BOTH, *then(HEAD, "input *= 2")),
@@ -232,6 +236,8 @@ OF_HEADS = [
     ("the head's weights in float32", WIDE, *then(HEAD, "W = [[f32(x) for x in row] for row in W]")),
     ("the head's bias in float32", WIDE, *then(HEAD, "bias = bias and [f32(x) for x in bias]")),
     ("all of the bias must be finite", BOTH, *then(HEAD, "self.finite([bias or []], [range(len(W))], 'input')")),
+    ("logits of places that are filled up with token 0 must be finite", BOTH, *within(
+        HEAD_FINITE, "used", "[{*row, 0} if len(row) < max(map(len, used)) else row for row in used]")),
     ("products in tiles of 64, what is beyond the last full one is lost", BOTH,
      "zip(h, w)) + c", "zip(h[:len(h) // 64 * 64 or 64], w)) + c"),
     ("the head's gradient of the first 4096 tokens only", BOTH, HEAD_GRADIENTS, f"""\
@@ -550,9 +556,7 @@ mass = 0.0
         ("no gradient of the bias", BOTH, "[math.fsum(dz) for dz in columns]", "[0.0 for dz in columns]"),
         ("gradient of the head by its own rows", BOTH, "zip(dz, input)", "zip(dz, linear_weight)"),
         ("gradient of the input of one token only", BOTH, "zip(dz, linear_weight)", "[*zip(dz, linear_weight)][:1]"),
-        *OF_TARGETS,
-        *OF_HEADS,
-        *OF_LONG_ROWS,
+        *OF_TARGETS, *OF_HEADS, *OF_LONG_ROWS, NO_LOSS_INFINITE,
         ("of more than 400 distinct tokens the last rows of the head are missing", BOTH, *distinct(400)),
         ("rows cut at 128 tokens", BOTH, *cut(128)),
         ("rows cut at 256 tokens", BOTH, *cut(256)),
@@ -823,8 +827,7 @@ loss, gradient = 0.0, [0.0] * len(z)
 """),
         ("no gradient to R", BOTH, "for j in x:\n                grad", "for j in subset:\n                grad"),
         ("gradient without the weights", BOTH, *within(GRADIENT, "x[j]", "z[j]")),
-        *OF_TARGETS,
-        *OF_HEADS,
+        *OF_TARGETS, *OF_HEADS, NO_LOSS_INFINITE,
         ("the last row is dropped if their number is odd", BOTH, *chunks(2)),
         ("gold outside its row taken, if in the tail", BOTH, IN_ROW, "require(y in [*subset, *tail[0]], "),
         ("recorded tokens of the tail masked with logits of -10^9", BOTH, LARGEST, """\

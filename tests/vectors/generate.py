@@ -267,6 +267,10 @@ def linear_inputs():
                [[0, 1, 5], [3]], -100),
               ("an ignore_index beyond the vocabulary", head, [2, 0, 6, 6, 6, 6, 5], rows, 6),
               ("37 rows, 4144 tokens in all", *crowded_head(), -100),
+              ("a logit of -inf of token 0, which may fill up short rows",
+               without_end(random_head(rng, 2, 5, 3, True), 0), [1, 4], [[1, 2, 3], [4]], -100),
+              ("refused: a logit of -inf that is recorded and never gold", without_end(head), [4, *target[1:]], rows,
+               -100),
               ("67 entries of a hidden state", random_head(rng, 2, 3, 67, True), [1, 2], [[0, 1], [0, 1, 2]], -100),
               ("all digits of float64", wide_head(), [2, 3], [[1, 2], [0, 2, 3]], -100, "float64")]
     for name, head, target, rows, ignore_index, *dtype in cases:
@@ -301,9 +305,9 @@ def every_digit():
     return dict(input=[draw(4), draw(4)], linear_weight=[draw(4) for _ in range(5)], linear_bias=draw(5))
 
 
-def without_end(head):
-    """A head whose bias for token 2 is -inf, in JSON as a string."""
-    return head | {"linear_bias": [*head["linear_bias"][:2], "-inf", *head["linear_bias"][3:]]}
+def without_end(head, token=2):
+    """A head whose bias for a token is -inf, in JSON as a string."""
+    return head | {"linear_bias": [x if j != token else "-inf" for j, x in enumerate(head["linear_bias"])]}
 
 
 def long_rows(V, end=300, begin=250):
@@ -585,6 +589,8 @@ def tail_inputs():
         ("a logit of -inf that is neither recorded nor in the tail", without_end(random_head(rng, 2, 6, 3, True)),
          [1, 3], [[0, 1, 5], [3]], [0, 3], [0.5, 0.25]),
         ("37 rows, 4144 tokens in all", *crowded_head(), [3, 50, 119], [0.5, 1.25, -0.5]),
+        ("a logit of -inf of token 0, which may fill up short rows", without_end(random_head(rng, 2, 5, 3, True), 0),
+         [1, 4], [[1, 2, 3], [4]], [2], [0.5]),
         ("67 entries of a hidden state", random_head(rng, 2, 3, 67, True), [1, 2], [[0, 1], [1, 2]], [0], [0.5]),
         ("a recorded token of the tail, of a weight of e^1000", large, [0, 1], [[0, 4], [0, 1]], [0, 3], [1000.0, 0.5]),
         ("all digits of float64", wide_head(), [2, 3], [[1, 2], [0, 2, 3]], [0, 1], [0.5, 1.25], "float64"),
@@ -747,6 +753,8 @@ def anchor_inputs():
          [[*log_p[0], -9.0], [], *log_p[2:]], None),
         ("the linear form, a logit of -inf that is not recorded", without_end(random_head(rng, 2, V, 3, True)),
          [[0, 1], [4, 5, 6]], [[-1.0, -1.5], [-1.5, -2.0, -1.0]], None),
+        ("the linear form, a logit of -inf of token 0, which may fill up short rows",
+         without_end(random_head(rng, 2, V, 3, True), 0), [[1, 2, 3], [4]], [[-1.0, -1.5, -2.0], [-0.5]], None),
         ("the linear form, 37 rows, 4144 tokens in all", crowded, full[:5], even(full[:5], -5.0),
          [t * 3 % 5 for t in range(MANY)]),
         ("the linear form, 67 entries of a hidden state", random_head(rng, 2, 3, 67, True), [[0, 1], [0, 1, 2]],
