@@ -40,7 +40,7 @@ def look(name):
 
 
 def frontier(plt):
-    """Accuracy against forgetting, a point a rate, mean over bases; and forgetting against seconds, base 0."""
+    """Accuracy against forgetting, a point a rate; and forgetting against seconds, a point a number of steps."""
     rows = report.load()  # replay is far below
     arms = [name for name in LOOKS if name != "replay+adamw" and select(rows, **sweep.ALL[name])]
     figure, panels = plt.subplot_mosaic("aa;bc", figsize=(WIDTH, 8.6), height_ratios=(3, 2))
@@ -55,13 +55,13 @@ def frontier(plt):
         axes.set(xlim=(-0.004, 3), xlabel=f"{key}, nats a token", ylabel="accuracy, %", ylim=(78, 97))
         ticks(axes.xaxis, (0, 0.05, 0.2, 1))
     axes = panels["c"]
-    for name in ("full+adamw", "tail+adamw", "anchor+adamw"):
-        runs = [row for value in sweep.LONGER if "steps" in value
-                for row in report.at(select(rows, base=0, seed=0, **{**sweep.ALL[name], **value}), 1.2e-3)
-                if row["run, s"]]
-        axes.plot([row["run, s"] for row in runs], [row["prose lost"] for row in runs], **look(name))
-        for row in runs:
-            axes.annotate(f"{100 * row['accuracy']:.0f}", (row["run, s"], row["prose lost"]), (0, 7), ha="center",
+    for name in sweep.LONG:
+        runs = [[report.mean(group, key) for key in ("run, s", "prose lost", "accuracy")]
+                for value in sweep.LONGER if "steps" in value
+                if (group := report.at(select(rows, seed=0, **{**sweep.ALL[name], **value}), 1.2e-3))]
+        axes.plot(*list(zip(*runs))[:2], **look(name))
+        for *where, accuracy in runs:
+            axes.annotate(f"{100 * accuracy:.0f}", where, (0, 7 - 22 * (name == "KL to base")), ha="center",
                           textcoords="offset points", color=LOOKS[name][0])
     axes.set(xscale="log", yscale="log", xlabel="seconds; labels: accuracy, %", ylabel="prose lost, nats a token")
     ticks(axes.xaxis, (10, 20, 50, 100))

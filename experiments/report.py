@@ -23,22 +23,26 @@ READMES = [sweep.ROOT / name for name in ("README.md", "experiments/README.md")]
 LOSS = ["prose lost", "SQL lost"]  # forgetting: by how much the NLL rises, nats a token
 
 
+def times():
+    """What speed.py measured of each arm, full+adamw first; none before it has run."""
+    return next((row["arms"] for row in result("speed_cpu")["rows"] if "arms" in row), [])
+
+
 def load():
     """The study's rows, with what is measured against their base; times are speed.py's, measured side by side."""
-    done, rows = sweep.load(), []
-    timed = next((row["arms"] for row in result("speed_cpu")["rows"] if "arms" in row), [])
+    done, rows, timed = sweep.load(), [], times()
     bases = {row["fingerprint"]: row for row in done["bases"]}
     for row in done["runs"]:
         base = bases[row["fingerprint"]]
-        times = [arm for arm in timed if select([{**row, "steps": 200}], **arm["settings"])]
-        ms, stage0 = (times[0][key] if times else None for key in ("step_ms", "stage0_s"))
+        mine = [arm for arm in timed if select([{**row, "steps": 200}], **arm["settings"])]
+        ms, stage0 = (mine[0][key] if mine else None for key in ("step_ms", "stage0_s"))
         rows.append({**row, "accuracy": row["domain_accuracy_test"], "domain NLL": row["domain_nll_test"],
                      "prose lost": row["general_nll_test"] - base["general_nll_test"],
                      "SQL lost": row["other_nll_test"] - base["other_nll_test"],
                      "outside mass": row["outside_mass_end"], "ms a step": ms,
                      "tokens": row.get("anchor_tokens_a_position"),
                      "bytes": row.get("anchor_bytes_a_position"),
-                     "run, s": times and stage0 + row["steps"] * ms / 1e3 or None, "clipped": row["clip_fraction"],
+                     "run, s": mine and stage0 + row["steps"] * ms / 1e3 or None, "clipped": row["clip_fraction"],
                      "record, MB": (row["record_bytes"] + row.get("anchor_bytes", 0)) / 1e6})
     return rows
 
@@ -52,11 +56,8 @@ PRICE = ["ms a step", "run, s", "record, MB"]
 
 def markdown(titles, lines):
     """A table; a line is its cells."""
-    lines = [list(map(str, cells)) for cells in lines]
-    if not lines:
-        return "(not run yet)"
-    head, *rest = ("| " + " | ".join(cells) + " |" for cells in (list(map(str, titles)), *lines))
-    return "\n".join([head, "|" + "---|" * len(titles), *rest])
+    head, *rest = ("| " + " | ".join(map(str, cells)) + " |" for cells in (titles, *lines))
+    return "\n".join([head, "|" + "---|" * len(titles), *rest]) if rest else "(not run yet)"
 
 
 def mean(rows, key):
@@ -128,10 +129,10 @@ def arms_table(*studies):
 
 
 def same_rate(rows):
-    """Arms against the full softmax, all with AdamW at the same rate: nothing is chosen."""
-    names = ("tail+adamw", "anchor+adamw", "KL to base", "L2-SP 0.01", "L2-SP 0.03")
-    return against([((name, f"{lr:g}"), at(select(rows, **ALL[name]), lr), at(select(rows, **FULL), lr))
-                    for lr in (8e-4, 1.2e-3) for name in names], ["against full+adamw", "lr"])
+    """Arms against the full softmax, all with AdamW at the rate of 1.2e-3 (LoRA is not): nothing is chosen."""
+    names = "tail+adamw", "anchor+adamw", *sweep.ARMS["texts"], *sweep.ARMS["beside"], *sweep.ARMS["rivals"]
+    return against([((name,), at(select(rows, **ALL[name]), 1.2e-3), at(select(rows, **FULL), 1.2e-3))
+                    for name in names], ["against full+adamw"])
 
 
 def rates(arms):
@@ -144,18 +145,18 @@ def rates(arms):
 
 
 def dials(rows):
-    """The anchor's dials, one at a time from the default, on base 0."""
+    """The anchor's dials, one at a time from the default."""
     values = [("the default", {}), *((dial, value) for dial, values in sweep.DIALS.items() for value in values
                                      if not value.items() <= sweep.DEFAULT.items())]
-    lines = [((dial, ", ".join(map(str, value.values()))), select(rows, **{**sweep.DEFAULT, **ANCHOR, **value}))
+    lines = [((dial, ", ".join(map(str, value.values()))), select(rows, seed=0, lr=1.2e-3, **ANCHOR, **value))
              for dial, value in values]
     return table(lines, ("dial", "value"), ("tokens", "bytes", "accuracy", *LOSS, "ms a step"))
 
 
 def longer(rows):
-    """Does forgetting stay put? Up to four times as many steps, and twice the rate, on base 0."""
-    lines = [((name, s["steps"], f"{s['lr']:g}"), select(rows, **s)) for value in sweep.LONGER for name in sweep.LONG
-             for s in [{**sweep.DEFAULT, **ALL[name], **value}]]
+    """Does forgetting stay put? Four times as many steps, and twice the rate; figures.py shows steps between."""
+    lines = [((name, s["steps"], f"{s['lr']:g}"), select(rows, **s)) for name in sweep.LONG for value in sweep.LONGER
+             for s in [{"seed": 0, "lr": 1.2e-3, "steps": 200, **ALL[name], **value}] if s["steps"] in (200, 800)]
     return table(lines, ("arm", "steps", "lr"), ("accuracy", *LOSS, "run, s"))
 
 
@@ -190,23 +191,23 @@ def speed(device):
 
 def costs(_):
     """Every arm's step, and its run of 200 and of 400 steps with all of Stage 0, as parts of full+adamw's."""
-    arms = next(row["arms"] for row in result("speed_cpu")["rows"] if "arms" in row)
-    full = arms[0]["step_ms"]
+    full = times()[0]["step_ms"]
     return markdown(["arm", "ms a step", "part of full's step", "Stage 0, s", "part of its 200 steps", "of 400"],
                     ((arm["name"], f"{arm['step_ms']:.0f}", f"{arm['step_ms'] / full:.2f}", f"{arm['stage0_s']:.1f}",
                       *(f"{(arm['step_ms'] + 1e3 * arm['stage0_s'] / n) / full:.2f}" for n in (200, 400)))
-                     for arm in arms))
+                     for arm in times()))
 
 
-def pretrained(domain, every_rate=False, seeds=1):
+def pretrained(domain, every_rate=False, seeds=1, file="pretrained", measures=("accuracy", "domain NLL", "prose lost",
+                                                                               "chat KL", "chat same")):
     """A pretrained model, ± over seeds: each arm at the rate that validation chooses, or at every rate, of seed 0."""
     keys = {"domain_accuracy": "accuracy", "domain_nll": "domain NLL", "forgetting": "prose lost",
-            "chat_kl": "chat KL", "chat_same": "chat same"}
-    shown = ["domain_accuracy_validation"] * every_rate + list(keys.values())
+            "chat_kl": "chat KL", "chat_same": "chat same", "step_ms": "ms a step"}
+    shown = ["domain_accuracy_validation"] * every_rate + [*measures]
 
     def build(_):
         arms = collections.defaultdict(list)
-        for row in result("pretrained"):
+        for row in result(file):
             if row["domain"] == domain and row["method"] != "base":
                 name = ", ".join(filter(None, (row["method"], row["variant"])))
                 name += ", a tail of {tail}".format_map(row) * (row["tail"] != 256)
@@ -226,6 +227,7 @@ TABLES = {"main": arms_table("main", "moclip"), "rivals": arms_table("rivals"), 
           "longer": longer, "bases": bases, "first run": first_run, "speed": speed("cpu"),
           "pretrained": pretrained("sql", seeds=2), "calls": pretrained("calls"),
           "pretrained rates": pretrained("sql", every_rate=True), "speed cuda": speed("cuda"),
+          "pretrained costs": pretrained("sql", file="pretrained_cpu", measures=["ms a step"]),
           "record": fixed("loss, recorded", {**{f"replay, tau = {t}": {**sweep.REPLAY, "tau": t} for t in sweep.TAUS},
                                              "tail, tau = 0.9": TAIL,
                                              "tail, gold only": {**TAIL, "variant": "gold only"}}, "outside mass"),

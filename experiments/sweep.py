@@ -58,7 +58,7 @@ DIALS = {
     "gold in S": [dict(anchor_gold=gold) for gold in (True, False)]}
 """dial -> its values, for anchor+adamw, one at a time."""
 LONGER = [*(dict(steps=steps) for steps in (100, 200, 400, 800)), dict(lr=2.4e-3)]
-LONG = "full+adamw", "tail+adamw", "anchor+adamw", "L2-SP 0.03"  # does forgetting stay put?
+LONG = "full+adamw", "tail+adamw", "anchor+adamw", "KL to base", "L2-SP 0.03"  # does forgetting stay put?
 
 
 def studies(rows):
@@ -70,9 +70,9 @@ def studies(rows):
     return {**{study: [run for name, arm in mine.items() for run in runs([arm], LARGE if "LoRA" in name else RATES)]
                for study, mine in ARMS.items()},
             "edges": [run for arm, mine in tried for run in runs([arm], beyond(mine))],
-            "seed 1": [run for arm, mine in tried for run in runs([arm], {1.2e-3, chosen(mine)}, seed=1)],
-            "dials": [run for values in DIALS.values() for value in values
-                      for run in runs([ANCHOR], [1.2e-3], **value)],
+            "seed 1": [run for arm, mine in tried
+                       for run in runs([arm], {1.2e-3, chosen(mine)} & {*by_rate(mine)}, seed=1)],
+            "dials": runs([{**ANCHOR, **value} for values in DIALS.values() for value in values], [1.2e-3]),
             "longer": [run for value in LONGER for run in runs([ALL[arm] for arm in LONG], [1.2e-3], **value)],
             "record": runs([TAIL, dict(TAIL, variant="gold only"), *(dict(REPLAY, tau=tau) for tau in TAUS)], [8e-4]),
             "cap": [run for cap in (60.0, 90.0, 180.0)
