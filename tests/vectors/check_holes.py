@@ -184,6 +184,7 @@ known = sorted({{j for row in used for j in row}})[:{n}]
         W = [W[min(j, known[-1])] if known else W[j] for j in range(len(W))]""")
 
 
+WIDTHS = 128, 256, 1024  # static ones, as a port may have
 BOTH, WIDE, NARROW = ("float64", "float32"), ("float64",), ("float32",)
 
 # of each of the three losses that read targets
@@ -252,10 +253,10 @@ OF_HEADS = [
 ]
 # of those of which a batch has many tokens
 OF_LONG_ROWS = [
-    ("of more than 256 distinct tokens the last rows of the head are missing", BOTH, *distinct(256)),
-    ("of more than 300 distinct tokens the last rows of the head are missing", BOTH, *distinct(300)),
-    ("of more than 1024 distinct tokens the last rows of the head are missing", BOTH, *distinct(1024)),
+    (f"of more than {n} distinct tokens the last rows of the head are missing", BOTH, *distinct(n))
+    for n in (256, 300, 1024)
 ]
+CUT = [(f"rows cut at {n} tokens", BOTH, *cut(n)) for n in WIDTHS]
 
 # of the anchor, in both forms
 ANCHOR = [
@@ -394,7 +395,7 @@ ANCHOR = [
     ("the incoming gradient in float32", WIDE, "self.reference.weighted_sum(losses, gradients, incoming.tolist())",
      "self.reference.weighted_sum(losses, gradients, [f32(x) for x in incoming.tolist()])"),
     *((f"rows cut at {n} tokens", BOTH, LOG_Q, f"subset, log_p0 = subset[:{n}], log_p0[:{n}]\n        " + LOG_Q)
-      for n in (128, 256, 1024)),
+      for n in WIDTHS),
 ]
 
 # {file that must catch them: [(name, dtypes whose tolerances catch it, old, new, old, new, ...)]}; behind the file's
@@ -427,7 +428,7 @@ VARIANTS = {
         ("an ignore_index beyond the vocabulary is a wrong target", BOTH,
          "if y == ignore_index:\n            token_ids", "if y == ignore_index and y < len(p):\n            token_ids"),
         ("rows in blocks of 16, the last one too early", BOTH, *then(RECORD, "rows = clamped(rows)")),
-        ("logits of a model in float32", WIDE, "p = [self.reference.softmax(z) for z in logits.tolist()]",
+        ("logits cast to float32", WIDE, "p = [self.reference.softmax(z) for z in logits.tolist()]",
          "p = [self.reference.softmax(z) for z in logits.astype('float32').tolist()]"),
         ("max_size is one less", BOTH, *within(BREAK, "max_size", "(max_size and max(1, max_size - 1))")),
         ("ids by rank, not ascending", BOTH, "token_ids.append(sorted(subset))", "token_ids.append(subset)"),
@@ -523,9 +524,7 @@ mass = 0.0
         ("outside mass from the logarithms of two sums, in float32", BOTH, OF_MODEL,
          FROM_LOGARITHMS.replace("log_sum(", "f32_log_sum("), LOG_SUM[0],
          "def f32_log_sum(z):\n    return f32(log_sum(z))\n\n\n" + LOG_SUM[1]),
-        ("rows cut at 128 tokens", BOTH, *cut(128)),
-        ("rows cut at 256 tokens", BOTH, *cut(256)),
-        ("rows cut at 1024 tokens", BOTH, *cut(1024)),
+        *CUT,
         ("outside mass stored in float32", WIDE, "return [mass_outside(softmax(z), subset) if",
          "return [f32(mass_outside(softmax(z), subset)) if"),
         ("a logit of -inf taken by the outside mass", BOTH,
@@ -539,8 +538,10 @@ mass = 0.0
         ("a logit of -inf that is not recorded taken", BOTH, *UNRECORDED,
          "self.all_finite(logits)\n        return self.cross_entropy(logits, *rest)",
          "self.some_finite(logits, rest[1], range(len(logits)))\n        return self.cross_entropy(logits, *rest)"),
-        ("logits of a model in float32", WIDE, "return self.cross_entropy(logits, *rest)",
+        ("logits cast to float32", WIDE, "return self.cross_entropy(logits, *rest)",
          "return self.cross_entropy(logits.astype('float32'), *rest)"),
+        ("no gradient beyond the 256th token of a row", BOTH, GRADIENT,
+         GRADIENT + "\n            for j in subset[256:]:\n                gradient[j] = 0.0"),
         ("an ignored row has the softmax's gradient", BOTH, EMPTY, EMPTY + """
         if y == ignore_index:
             for j, q in zip(subset, softmax([z[j] for j in subset]) if subset else []):
@@ -560,9 +561,7 @@ mass = 0.0
         ("gradient of the input of one token only", BOTH, "zip(dz, linear_weight)", "[*zip(dz, linear_weight)][:1]"),
         *OF_TARGETS, *OF_HEADS, *OF_LONG_ROWS, NO_LOSS_INFINITE,
         ("of more than 400 distinct tokens the last rows of the head are missing", BOTH, *distinct(400)),
-        ("rows cut at 128 tokens", BOTH, *cut(128)),
-        ("rows cut at 256 tokens", BOTH, *cut(256)),
-        ("rows cut at 1024 tokens", BOTH, *cut(1024)),
+        *CUT,
         ("the last row is dropped if their number is odd", BOTH, *chunks(2)),
         ("the rows beyond a multiple of three are dropped", BOTH, *chunks(3)),
         ("two rows without any token are 0/0", BOTH, EMPTY,
@@ -862,12 +861,8 @@ pad = [-1e9 for j in tail[0] if j in subset]
         ("no tail for a row of one token", BOTH, *within(TERMS, "j not in x:", "j not in x and len(subset) > 1:")),
         ("a logit of -inf in the tail taken", BOTH,
          "used = [{*row, *tail[0]}", "used = [{*row}"),
-        ("rows cut at 128 tokens", BOTH, *cut(128)),
-        ("rows cut at 256 tokens", BOTH, *cut(256)),
-        ("rows cut at 1024 tokens", BOTH, *cut(1024)),
-        ("the tail cut at 128 tokens", BOTH, "in zip(*tail):", "in [*zip(*tail)][:128]:"),
-        ("the tail cut at 256 tokens", BOTH, "in zip(*tail):", "in [*zip(*tail)][:256]:"),
-        ("the tail cut at 1024 tokens", BOTH, "in zip(*tail):", "in [*zip(*tail)][:1024]:"),
+        *CUT,
+        *((f"the tail cut at {n} tokens", BOTH, "in zip(*tail):", f"in [*zip(*tail)][:{n}]:") for n in WIDTHS),
         ("the tail of the first call with these shapes", BOTH,
          *traced(CROSS_ENTROPY, "tail", "(logits.shape, len(tail[0]))")),
     ],
@@ -896,7 +891,9 @@ pad = [-1e9 for j in tail[0] if j in subset]
         *ANCHOR, ("a logit of -inf that is not recorded taken", BOTH, *UNRECORDED,
                   "self.all_finite(logits)\n        return self.kl_div(logits, *rest)",
                   "self.some_finite(logits, rest[0], rest[2])\n        return self.kl_div(logits, *rest)"),
-        ("logits of a model in float32", WIDE, "return self.kl_div(logits, *rest)",
+        ("no gradient beyond the 256th token of a row", BOTH, KL_GRADIENT,
+         KL_GRADIENT + "\n        for j in subset[256:]:\n            gradients[-1][j] = 0.0"),
+        ("logits cast to float32", WIDE, "return self.kl_div(logits, *rest)",
          "return self.kl_div(logits.astype('float32'), *rest)")],
     "9_anchor.json positions input": [
         *ANCHOR, *OF_HEADS, *OF_LONG_ROWS, ("logits in float32", WIDE, *LOGITS_IN_FLOAT32),

@@ -693,6 +693,8 @@ def anchor_inputs():
         ("refused: a logit of -inf that is not recorded", [[*model[0][:4], "-inf", *model[0][5:]], *model[1:]], rows,
          log_p, None),
         ("37 rows", crowd(7), rows, log_p, mixed),
+        ("a row of 300 tokens", [[j * 5 % 24 / 8 for j in range(310)]], [[*range(5, 305)]],
+         even([range(5, 305)], -6.0), None),
         ("all digits of float64", [wide_numbers(7), wide_numbers(7)], rows, log_p, [2, 0], "float64"),
     ]
     for name, logits, token_ids, log_probs, positions, *dtype in cases:
